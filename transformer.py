@@ -55,6 +55,7 @@ LABEL_NAMES = ("category", "label", "class", "class index")
 ID_NAMES = ("id", "index")
 PAD, UNK = 0, 1
 TOKENIZERS = ("basic_english", "spacy", "nltk", "whitespace")
+LSA_WIDTH = 32  # more dimensions tell the training texts apart, not the classes: 200 lose a point to 32
 MAX_FIELD = 100_000  # characters in one csv field; the longest news text of the competition has 1,012
 
 
@@ -211,15 +212,17 @@ def write_json(path: Path, value: dict) -> None:
         temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def open_run(folder: Path, resume: bool, config: dict) -> int | None:
+held_locks: list[int] = []  # file descriptors of locked run folders; closed when main ends
+
+
+def open_run(folder: Path, resume: bool, config: dict) -> None:
     """Make and lock the run's folder, leave config.json there; without `resume`, keep what stood there as .previous."""
-    lock = None
     try:
         for attempt in range(2):
             folder.mkdir(parents=True, exist_ok=True)
             if fcntl:  # the lock is freed when the process ends, however it ends
-                lock = os.open(folder, os.O_RDONLY)
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held_locks.append(os.open(folder, os.O_RDONLY))
+                fcntl.flock(held_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
             if resume or attempt or not any(folder.iterdir()):
                 break
             if not (folder / "config.json").exists():
@@ -234,7 +237,6 @@ def open_run(folder: Path, resume: bool, config: dict) -> int | None:
         fail(f"{folder}: another run is writing there. Wait for it, or name another folder with --out")
     except OSError as error:
         fail(f"{folder}: cannot be written ({error.strerror}). Name another folder with --out")
-    return lock
 
 
 def describe_run(args: argparse.Namespace, hashes: dict[str, str]) -> dict:
@@ -467,7 +469,7 @@ def read_vectors(source: str, words: set[str], cache: Path) -> dict[str, np.ndar
                     continue
                 width = width or len(parts) - 1
                 extra = parts[1 : len(parts) - width]  # a few words of glove.840B have blanks inside: ". . ."
-                if len(parts) <= width or width < 2 or any(re.fullmatch(r"-?[\d.]+(e-?\d+)?", x) for x in extra):
+                if len(parts) <= width or width < 2 or any(re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", x) for x in extra):
                     fail(f"--vectors {source}: line {number} has {len(parts) - 1} numbers, the first has {width}. "
                          "Give a GloVe, fastText or word2vec text file")  # fmt: skip
                 if parts[0] in words and not extra:
@@ -481,9 +483,9 @@ def read_vectors(source: str, words: set[str], cache: Path) -> dict[str, np.ndar
     return found
 
 
-def encode(tokens: list[list[str]], vocab: Vocab, max_length: int) -> list[torch.Tensor]:
+def encode(tokens: list[list[str]], index: dict[str, int], max_length: int) -> list[torch.Tensor]:
     """Integers of each text, at most `max_length` of them; a text without tokens is one <unk>."""
-    return [torch.tensor([vocab[token] for token in text[:max_length]] or [UNK]) for text in tokens]
+    return [torch.tensor([index.get(token, UNK) for token in text[:max_length]] or [UNK]) for text in tokens]
 
 
 def length_batches(
@@ -592,9 +594,9 @@ def prepare(args: argparse.Namespace, news: News, folder: Path) -> Inputs:
             f"vectors   {Path(source).name}: {features.shape[1]} numbers a word, {coverage:.1%} of the tokens covered"
         )
     else:
-        features = cooccurrence_vectors([[stem[t] for t in text] for text in texts], number, args.dim)[roots]
+        features = cooccurrence_vectors([[stem[t] for t in text] for text in texts], number, LSA_WIDTH)[roots]
         print(f"vectors   none: {features.shape[1]} numbers a word from the texts' own co-occurrence")
-    encoded = encode(texts, vocab, max_length)
+    encoded = encode(texts, vocab.stoi, max_length)
     median = sorted(len(text) for text in texts)[len(texts) // 2]
     print(f"tokens    {args.tokenizer}: {median} a text (median), at most {max_length}; vocabulary {len(vocab)}")
     count = len(news.texts)
@@ -892,7 +894,8 @@ def plot_learning_curve(path: Path, history: list[dict], accuracy: float, error:
             panel.plot(*zip(*curve, strict=True), color="tab:blue", alpha=0.4, linewidth=1)
         panel.plot([], [], color="tab:blue", label=f"training, {len(curves)} models")
         panel.set_xlabel("epoch")
-    left.set_ylabel("cross-entropy, smoothed labels (nats per text)")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    left.set_ylabel("cross-entropy (nats per text)")
     right.set_ylabel("accuracy")
     right.axhline(accuracy, color="tab:red", label=f"out of fold {accuracy:.4f} ± {error:.4f}")
     right.axhspan(accuracy - error, accuracy + error, color="tab:red", alpha=0.15, linewidth=0)
@@ -909,7 +912,7 @@ def plot_confusion(path: Path, labels: torch.Tensor, predicted: torch.Tensor, cl
     size = 2.2 + 0.6 * len(classes)
     figure = new_figure(size + 0.6, size)
     panel = figure.subplots()
-    image = panel.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    image = panel.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     for i in range(len(classes)):
         for j in range(len(classes)):
             color = "white" if share[i, j] > 0.5 else "black"
@@ -946,14 +949,14 @@ def plot_attention(path: Path, words: list[str], attn: torch.Tensor, title: str)
     heads, count, _ = attn.shape
     figure = new_figure(9, 10.5)
     top, bottom = figure.subplots(2, 1, height_ratios=(count, heads + 1.5))
-    scale = top.imshow(attn.mean(0), cmap="Blues", vmin=0)
+    scale = top.imshow(attn.mean(0).numpy(), cmap="Blues", vmin=0)
     top.set_yticks(range(count), words, fontsize=8)
     top.set_xticks(range(count), words, fontsize=8, rotation=90)
     top.set_ylabel("token that looks")
     top.set_xlabel("token looked at")
     figure.colorbar(scale, ax=top, label="attention, mean over heads", shrink=0.6)
     received = torch.cat([attn.mean(1), attn.mean((0, 1))[None]]) * count  # (heads + 1, T), 1 = an even share
-    strip = bottom.imshow(received, cmap="Oranges", vmin=0, aspect="auto")
+    strip = bottom.imshow(received.numpy(), cmap="Oranges", vmin=0, aspect="auto")
     bottom.set_yticks(range(heads + 1), [*(f"head {i + 1}" for i in range(heads)), "mean"], fontsize=8)
     bottom.set_xticks(range(count), words, fontsize=8, rotation=90)
     figure.colorbar(strip, ax=bottom, label="received / even share", shrink=0.9)
@@ -995,6 +998,7 @@ def show_attention(folder: Path, news: News, inputs: Inputs, state: dict, oof: t
     with atomic(folder / "attention_words.csv") as temporary:
         frame.to_csv(temporary, index=False, float_format="%.3f")
 
+    tokenize = make_tokenizer(state["settings"]["tokenizer"])
     short = [row for row in range(len(oof)) if 12 <= len(inputs.tokens[row]) <= 40]
     short.sort(key=lambda row: -confidence[row].item())
     for kind in ("right", "wrong"):
@@ -1002,7 +1006,8 @@ def show_attention(folder: Path, news: News, inputs: Inputs, state: dict, oof: t
         other = [row for row in rows[1:] if predicted[row] != predicted[rows[0]]]  # a second one of another class
         for number, row in enumerate(rows[:1] + other[:1], 1):
             _, attn = reader[row](inputs.tokens[row][None], return_attn=True)
-            words = [inputs.words[token] for token in inputs.tokens[row]]
+            known = zip(tokenize(news.texts[row]), inputs.tokens[row].tolist(), strict=False)
+            words = [f"[{word}]" if token == UNK else word for word, token in known]  # what reads as <unk> in brackets
             true, guess = news.classes[news.labels[row]], news.classes[predicted[row]]
             title = f"{news.header[0]} {news.ids[row]}: true class {true}, predicted {guess} ({confidence[row]:.0%})"
             plot_attention(folder / f"attention-{kind}-{number}.png", words, attn[0], title)
@@ -1133,7 +1138,8 @@ def cross_validate(args: argparse.Namespace, news: News, folder: Path) -> dict:
         print(f"finished  {folder} holds this run's end already")
         return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     inputs = prepare(args, news, folder)
-    lock = open_run(folder, args.resume, describe_run(args, news.hashes)) if rank == 0 else None
+    if rank == 0:
+        open_run(folder, args.resume, describe_run(args, news.hashes))
     state = state or {"script": "transformer", "settings": settings, "members": [], "partial": None, "history": [],
                       "seconds": 0.0}  # fmt: skip
     state |= {"words": inputs.words, "features": inputs.features, "max_length": inputs.max_length,
@@ -1197,8 +1203,6 @@ def cross_validate(args: argparse.Namespace, news: News, folder: Path) -> dict:
         leave_results(news, inputs, folder, state, oof, test, metrics)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if lock is not None:
-        os.close(lock)
     return metrics
 
 
@@ -1240,6 +1244,9 @@ def main(argv: list[str] | None = None) -> dict:
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
         print(f"stopped   saved; go on with: {shlex.join(['python', sys.argv[0], *words, '--resume'])}")
         raise SystemExit(128 + number) from None
+    finally:
+        while held_locks:
+            os.close(held_locks.pop())
 
 
 if __name__ == "__main__":
