@@ -103,7 +103,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--layers", type=positive, default=1, help="encoder layers")
     add("--heads", type=positive, default=4, help="attention heads; divides --dim")
-    add("--dim", type=positive, default=128, help="width of the encoder")
+    add("--dim", type=positive, default=64, help="width of the encoder")
     add("--dropout", type=fraction, default=0.3, help="probability, inside the encoder")
     add = parser.add_argument_group("training").add_argument
     add("--folds", type=positive, default=5, help="of the stratified cross-validation: each row is held out once")
@@ -535,31 +535,34 @@ def cooccurrence_vectors(stems: list[list[str]], number: dict[str, int], width: 
     return vectors
 
 
-def class_evidence(
-    tokens: list[torch.Tensor],
-    roots: torch.Tensor,
-    labels: torch.Tensor,
-    rows: list[int],
-    classes: int,
-    parts: int = 20,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much more often each word stands in one class than in the others, counted on the training `rows` only.
+def find_grams(tokens: torch.Tensor, roots: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """Numbers of the distinct stems and pairs of neighbouring stems in a text; a pair not in `pairs` has none."""
+    stems = roots[tokens]  # (T,)
+    keys = stems[:-1] * len(roots) + stems[1:]
+    place = torch.searchsorted(pairs, keys).clamp(max=len(pairs) - 1)
+    return torch.cat([stems, place[pairs[place] == keys] + len(roots)]).unique()
 
-    Returns tables (parts + 1, V, C) of log p(word | class), add-half smoothed, less its mean over classes (the
-    log-count ratio of Wang and Manning 2012, eq. 1, for C classes, over words of one stem), and each text's table (N,).
+
+def class_evidence(
+    grams: list[torch.Tensor], count: int, labels: torch.Tensor, rows: list[int], classes: int, parts: int = 20
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much more often each of `count` grams stands in one class than in the others, over the training `rows` only.
+
+    Returns tables (parts + 1, count, C) of log p(gram | class), add-half smoothed, less its mean over classes (the
+    log-count ratio of Wang and Manning 2012, eq. 1, for C classes), and the number of each text's table (N,).
     Looked up as it is, a training text would find its own label in the counts of its rare words; so the rows are dealt
     into `parts`, and a row's table leaves its part out. The last table counts all rows and is for every other text.
     """
-    part_of = torch.full((len(tokens),), parts)
+    part_of = torch.full((len(grams),), parts)
     part_of[torch.tensor(rows)[torch.randperm(len(rows))]] = torch.arange(len(rows)) % parts
-    counts = torch.zeros(parts + 1, int(roots.max()) + 1, classes)
+    counts = torch.zeros(parts + 1, count, classes)
     for row in rows:
-        counts[part_of[row], roots[tokens[row]].unique(), labels[row]] += 1  # in how many texts, not how often
+        counts[part_of[row], grams[row], labels[row]] += 1  # in how many texts, not how often
     counts = counts.sum(0) - counts + 0.5
     evidence = (counts / counts.sum(1, keepdim=True)).log()
     evidence -= evidence.mean(-1, keepdim=True)
-    evidence[:, roots[[PAD, UNK]]] = 0.0
-    return evidence[:, roots], part_of
+    evidence[:, [PAD, UNK]] = 0.0
+    return evidence, part_of
 
 
 class Inputs(NamedTuple):
@@ -567,9 +570,11 @@ class Inputs(NamedTuple):
 
     words: list[str]  # V, PAD and UNK first
     roots: torch.Tensor  # (V,) words of one stem share a number
+    pairs: torch.Tensor  # (P,) the pairs of neighbouring stems that occur, first * V + second, sorted
     features: torch.Tensor  # (V, F)
     tokens: list[torch.Tensor]  # N
     test_tokens: list[torch.Tensor]  # M
+    grams: list[torch.Tensor]  # N + M, numbers of each text's stems and pairs
     max_length: int
     coverage: float | None  # share of the tokens that have a vector; None without vectors
 
@@ -612,7 +617,9 @@ def prepare(args: argparse.Namespace, news: News, folder: Path) -> Inputs:
     print(f"tokens    {args.tokenizer}: {median} a text (median), at most {max_length}; vocabulary {len(vocab)}")
     count = len(news.texts)
     features, roots = torch.from_numpy(features).float(), torch.tensor(roots)
-    return Inputs(vocab.itos, roots, features, encoded[:count], encoded[count:], max_length, coverage)
+    pairs = torch.cat([roots[text[:-1]] * len(roots) + roots[text[1:]] for text in encoded]).unique()
+    grams = [find_grams(text, roots, pairs) for text in encoded]
+    return Inputs(vocab.itos, roots, pairs, features, encoded[:count], encoded[count:], grams, max_length, coverage)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -674,14 +681,15 @@ class TransformerClassifier(nn.Module):
     """Word vectors and class evidence -> encoder -> mean over tokens -> logits.
 
     The vectors `features` (V, F) are fixed: 2,000 texts are too few to move 13,000 words to better places. They belong
-    to the run, not to one model, and are saved once. `evidence` (V, C) comes from the model's own training rows.
+    to the run, not to one model, and are saved once. `evidence` (G, C) comes from the model's own training rows.
     """
 
-    def __init__(self, features: torch.Tensor, classes: int, max_length: int, dim: int, heads: int, layers: int,
-                 dropout: float):  # fmt: skip
+    def __init__(self, features: torch.Tensor, roots: torch.Tensor, grams: int, classes: int, max_length: int, dim: int,
+                 heads: int, layers: int, dropout: float):  # fmt: skip
         super().__init__()
         self.register_buffer("features", features, persistent=False)
-        self.register_buffer("evidence", torch.zeros(len(features), classes))
+        self.register_buffer("roots", roots, persistent=False)
+        self.register_buffer("evidence", torch.zeros(grams, classes))
         self.project = nn.Linear(features.shape[1] + classes, dim)
         self.position = nn.Parameter(0.02 * torch.randn(max_length, dim))
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, dropout) for _ in range(layers))
@@ -697,7 +705,7 @@ class TransformerClassifier(nn.Module):
         Training texts bring their own `evidence` (B, T, C), which leaves them out.
         """
         keep = tokens != PAD  # (B, T)
-        evidence = self.evidence[tokens] if evidence is None else evidence
+        evidence = self.evidence[self.roots[tokens]] if evidence is None else evidence
         x = torch.cat([self.features[tokens], evidence], -1)  # (B, T, F + C)
         x = self.project(self.input_dropout(x)) + self.position[: tokens.shape[1]]  # (B, T, dim)
         for layer in self.layers:
@@ -726,9 +734,12 @@ def r_drop_loss(
 
     logits (2B, C) hold two dropout passes over the same B items, one behind the other; labels (B,).
     ½ (CE₁ + CE₂) + weight · ½ (KL(p₁‖p₂) + KL(p₂‖p₁)): R-Drop (Liang et al. 2021, eqs. 1-4) with weight = α/2, since
-    the paper adds the two cross-entropies where this averages them.
+    the paper adds the two cross-entropies where this averages them. With one pass, (B, C), it is the cross-entropy.
     """
-    nll = F.cross_entropy(logits, labels.repeat(2), label_smoothing=label_smoothing, reduction="sum") / 2
+    passes = len(logits) // len(labels)
+    nll = F.cross_entropy(logits, labels.repeat(passes), label_smoothing=label_smoothing, reduction="sum") / passes
+    if passes == 1:
+        return nll, nll
     first, second = logits.log_softmax(-1).chunk(2)  # (B, C) each
     kl = ((first.exp() - second.exp()) * (first - second)).sum() / 2  # KL one way plus the other, halved
     return nll + weight * kl, nll
@@ -772,7 +783,7 @@ def train_member(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     tokens = inputs.tokens
     seed_all(*place)
-    evidence, part_of = class_evidence(tokens, inputs.roots, labels, rows, model.classify.out_features)
+    evidence, part_of = class_evidence(inputs.grams, len(model.evidence), labels, rows, model.evidence.shape[1])
     evidence = evidence.to(device)
     model.evidence.copy_(evidence[-1])
     groups = [
@@ -796,6 +807,7 @@ def train_member(
 
     good = start or snapshot()
     restore(good)
+    passes = 2 if args.r_drop else 1
     lengths = [len(text) for text in tokens]
     per_epoch = math.ceil(len(rows) / args.batch_size)
     bar.update(at["epoch"] * per_epoch + at["batch"])
@@ -812,10 +824,12 @@ def train_member(
             weight = (rank < len(batch)) / len(batch)  # 0 where a small last batch left it none
             x = pad_sequence([tokens[row] for row in mine], batch_first=True, padding_value=PAD).to(device)  # (B, T)
             y = labels[mine].to(device)  # (B,)
-            x = drop_words(x.repeat(2, 1), args.word_dropout)  # (2B, T): two dropout passes
-            own_evidence = evidence[part_of[mine].repeat(2).to(device)[:, None], x]  # (2B, T, C)
+            x = drop_words(x.repeat(passes, 1), args.word_dropout)  # (passes B, T)
+            own_evidence = evidence[
+                part_of[mine].repeat(passes).to(device)[:, None], model.roots[x]
+            ]  # (passes B, T, C)
             with autocast(device):
-                logits = model(x, own_evidence).float()  # (2B, C)
+                logits = model(x, own_evidence).float()  # (passes B, C)
             loss, nll = r_drop_loss(logits, y, args.label_smoothing, args.r_drop)
             optimizer.zero_grad()
             (loss * weight).backward()
@@ -858,17 +872,21 @@ def train_member(
 
 @torch.no_grad()
 def predict_probabilities(
-    model: TransformerClassifier, tokens: list[torch.Tensor], rows: list[int] | None = None
+    model: TransformerClassifier, tokens: list[torch.Tensor], grams: list[torch.Tensor]
 ) -> torch.Tensor:
-    """Class probabilities (N, C) of the texts numbered `rows` (all of them by default), in that order."""
-    rows = list(range(len(tokens))) if rows is None else rows
+    """Class probabilities (N, C) of the texts, each with its `grams`: a product of two experts (Hinton 2002, eq. 1).
+
+    The encoder gives the logits; the evidence of the text's stems and pairs, summed, is a naive Bayes classifier's
+    vote. Trained apart, they err apart: dividing by 2 √n keeps the vote of n dependent grams from drowning the logits.
+    """
     device = model.position.device
     model.eval()
     probabilities = torch.zeros(len(tokens), model.classify.out_features)
-    for batch in length_batches([len(text) for text in tokens], rows, 128, None):
+    for batch in length_batches([len(text) for text in tokens], list(range(len(tokens))), 128, None):
         x = pad_sequence([tokens[row] for row in batch], batch_first=True, padding_value=PAD).to(device)
-        probabilities[batch] = model(x).softmax(-1).cpu()
-    return probabilities[rows]
+        votes = [model.evidence[grams[row].to(device)].sum(0) / (2 * math.sqrt(len(grams[row]))) for row in batch]
+        probabilities[batch] = (model(x) + torch.stack(votes)).softmax(-1).cpu()
+    return probabilities
 
 
 def standard_error(accuracy: float, count: int) -> float:
@@ -1066,7 +1084,9 @@ def write_submission(path: Path, news: News, predicted: torch.Tensor) -> None:
 def build_model(state: dict) -> TransformerClassifier:
     """The network that a checkpoint describes, with fresh weights."""
     shape = (state["settings"][name] for name in ("dim", "heads", "layers", "dropout"))
-    return TransformerClassifier(state["features"], len(state["classes"]), state["max_length"], *shape)
+    grams = len(state["roots"]) + len(state["pairs"])
+    return TransformerClassifier(state["features"], state["roots"], grams, len(state["classes"]), state["max_length"],
+                                 *shape)  # fmt: skip
 
 
 def load_members(state: dict) -> list[TransformerClassifier]:
@@ -1088,7 +1108,8 @@ def predict(args: argparse.Namespace) -> dict:
     tokenize = make_tokenizer(state["settings"]["tokenizer"])
     index = {word: i for i, word in enumerate(state["words"])}
     tokens = encode([tokenize(text) for text in texts], index, state["max_length"])
-    probabilities = torch.stack([predict_probabilities(model, tokens) for model in load_members(state)]).mean(0)
+    grams = [find_grams(text, state["roots"], state["pairs"]) for text in tokens]
+    probabilities = torch.stack([predict_probabilities(model, tokens, grams) for model in load_members(state)]).mean(0)
     confidence, predicted = probabilities.max(-1)
     labels = [state["classes"][i] for i in predicted]
     for label, share, text in zip(labels, confidence.tolist(), texts, strict=True):
@@ -1153,8 +1174,8 @@ def cross_validate(args: argparse.Namespace, news: News, folder: Path) -> dict:
         open_run(folder, args.resume, describe_run(args, news.hashes))
     state = state or {"script": "transformer", "settings": settings, "members": [], "partial": None, "history": [],
                       "seconds": 0.0}  # fmt: skip
-    state |= {"words": inputs.words, "features": inputs.features, "max_length": inputs.max_length,
-              "classes": news.classes}  # fmt: skip
+    state |= {"words": inputs.words, "features": inputs.features, "roots": inputs.roots, "pairs": inputs.pairs,
+              "max_length": inputs.max_length, "classes": news.classes}  # fmt: skip
     earlier = state["seconds"]
 
     def save(partial: dict | None) -> None:
@@ -1166,7 +1187,7 @@ def cross_validate(args: argparse.Namespace, news: News, folder: Path) -> dict:
     folds = list(StratifiedKFold(args.folds, shuffle=True, random_state=args.seed).split(news.texts, news.labels))
     oof = torch.zeros(len(news.texts), len(news.classes))
     test = torch.zeros(len(news.test_texts), len(news.classes))
-    fold_accuracy = []
+    fold_accuracy, texts = [], (inputs.tokens, inputs.grams)
     for fold, (train, held_out) in enumerate(folds):
         for seed in range(args.seeds):
             if len(state["members"]) == fold * args.seeds + seed:
@@ -1184,8 +1205,8 @@ def cross_validate(args: argparse.Namespace, news: News, folder: Path) -> dict:
                     {
                         "weights": {key: value.cpu() for key, value in model.state_dict().items()},
                         "rows": held_out.tolist(),
-                        "held_out": predict_probabilities(model, inputs.tokens, held_out.tolist()),
-                        "test": predict_probabilities(model, inputs.test_tokens),
+                        "held_out": predict_probabilities(model, *([x[i] for i in held_out] for x in texts)),
+                        "test": predict_probabilities(model, inputs.test_tokens, inputs.grams[len(news.texts) :]),
                     }
                 )
                 save(None)

@@ -49,7 +49,7 @@ def write_rows(path, rows):
 
 def small_model(layers=1, words=50):
     torch.manual_seed(0)
-    model = t.TransformerClassifier(torch.randn(words, 8), 3, 20, 16, 2, layers, 0.3)
+    model = t.TransformerClassifier(torch.randn(words, 8), torch.arange(words), words, 3, 20, 16, 2, layers, 0.3)
     model.evidence.normal_()
     return model.eval()
 
@@ -137,36 +137,56 @@ def test_cooccurrence_vectors_equal_numpy_svd():
     assert not vectors[:2].any()
 
 
+def test_one_pass_is_plain_cross_entropy():
+    logits, labels = torch.randn(5, 4), torch.randint(4, (5,))
+    loss, nll = t.r_drop_loss(logits, labels, 0.1, 0.0)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels, label_smoothing=0.1, reduction="sum"))
+    assert loss is nll
+
+
+def test_find_grams_names_stems_and_neighbours():
+    roots = torch.tensor([0, 1, 2, 3, 3])  # words 3 and 4 share a stem
+    pairs = torch.tensor([2 * 5 + 3, 3 * 5 + 2])
+    assert t.find_grams(torch.tensor([2, 4, 3, 2]), roots, pairs).tolist() == [2, 3, 5, 6]
+    assert t.find_grams(torch.tensor([4]), roots, pairs).tolist() == [3]
+
+
 def test_class_evidence_leaves_the_text_itself_out():
     """The table that a training text reads must be the same whatever that text's label is."""
     torch.manual_seed(0)
-    tokens = [torch.randint(2, 30, (6,)) for _ in range(40)]
-    roots, labels, rows = torch.arange(30), torch.randint(3, (40,)), list(range(32))
+    grams = [torch.randint(2, 30, (6,)).unique() for _ in range(40)]
+    labels, rows = torch.randint(3, (40,)), list(range(32))
     seen = []
     for label in range(3):
         labels[5] = label
         torch.manual_seed(1)
-        tables, part_of = t.class_evidence(tokens, roots, labels, rows, 3, parts=4)
+        tables, part_of = t.class_evidence(grams, 30, labels, rows, 3, parts=4)
         seen.append(tables[part_of[5]])
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
     assert (part_of[32:] == 4).all() and sorted(part_of[:32].tolist()) == sorted(list(range(4)) * 8)
     labels[32:] = 0
     torch.manual_seed(1)
-    assert torch.equal(t.class_evidence(tokens, roots, labels, rows, 3, parts=4)[0], tables)  # nor held-out labels
+    assert torch.equal(t.class_evidence(grams, 30, labels, rows, 3, parts=4)[0], tables)  # nor held-out labels
 
 
-def test_class_evidence_equals_naive_bayes():
+def test_evidence_and_its_vote_equal_naive_bayes():
     from sklearn.naive_bayes import MultinomialNB
 
     torch.manual_seed(0)
-    tokens, labels = [torch.randint(2, 20, (5,)).unique() for _ in range(60)], torch.arange(60) % 3
-    tables, _ = t.class_evidence(tokens, torch.arange(20), labels, list(range(60)), 3)
+    grams, labels = [torch.randint(2, 20, (5,)).unique() for _ in range(60)], torch.arange(60) % 3
+    tables, _ = t.class_evidence(grams, 20, labels, list(range(60)), 3)
     counts = np.zeros((60, 20))
-    for row, text in enumerate(tokens):
+    for row, text in enumerate(grams):
         counts[row, text] = 1
-    expected = MultinomialNB(alpha=0.5).fit(counts, labels).feature_log_prob_.T
-    expected = expected - expected.mean(1, keepdims=True)
+    bayes = MultinomialNB(alpha=0.5).fit(counts, labels)
+    expected = bayes.feature_log_prob_.T - bayes.feature_log_prob_.T.mean(1, keepdims=True)
     np.testing.assert_allclose(tables[-1][2:], expected[2:], rtol=1e-4, atol=1e-5)
+
+    model = t.TransformerClassifier(torch.randn(20, 8), torch.arange(20), 20, 3, 20, 16, 2, 1, 0.0)
+    model.evidence.copy_(tables[-1])
+    nn.init.zeros_(model.classify.weight), nn.init.zeros_(model.classify.bias)  # the vote alone; the classes are even
+    log_odds = t.predict_probabilities(model, grams, grams).log() * 2 * torch.tensor([[len(g) ** 0.5] for g in grams])
+    np.testing.assert_allclose(log_odds.softmax(-1), bayes.predict_proba(counts), rtol=1e-3)
 
 
 def test_length_batches_hold_each_row_once():
@@ -195,7 +215,8 @@ def test_overfits_32_texts(here):
     args = t.parse_args(["--data", "data", "--epochs", "60", "--lr", "3e-3", *off])
     inputs = t.prepare(args, news, here)
     torch.manual_seed(0)
-    model = t.TransformerClassifier(inputs.features, 4, inputs.max_length, 64, 4, 1, 0.0)
+    grams = len(inputs.roots) + len(inputs.pairs)
+    model = t.TransformerClassifier(inputs.features, inputs.roots, grams, 4, inputs.max_length, 64, 4, 1, 0.0)
     with t.tqdm(disable=True) as bar:
         history = t.train_member(model, inputs, news.labels, list(range(32)), args, (0,), None, lambda state: None, bar)
     assert history[-1]["accuracy"] == 1.0 and history[-1]["loss"] < 0.05
