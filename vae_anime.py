@@ -1,0 +1,1170 @@
+"""Learn colour images of anime faces with a variational autoencoder whose pixels are Gaussian.
+
+The encoder turns an image x into q(z|x), a Gaussian over codes z; the decoder turns a code into p(x|z). Both are
+trained to raise a lower bound of the log likelihood (Kingma and Welling 2014, eq. 3), at λ = 1 or at another weight:
+
+    log p(x) >= E q(z|x) [log p(x|z)] - KL(q(z|x) || p(z))           loss = reconstruction + λ KL, nats per image
+
+p(x|z) has one σ for all pixels, learned: at the optimum it is the root mean squared error of the training
+reconstructions (σ-VAE, Rybkin et al. 2021, eq. 5). The network starts from probabilistic PCA, which is the best linear
+VAE, and learns what is not linear. The prior p(z) is a Gaussian with learned mean and full covariance; --prior normal
+makes it N(0, I).
+
+    python vae_anime.py --lambda 100         data/anime-faces.zip beside the script, else the bundled sample
+    python vae_anime.py --lambda 0 1 50 100  one model a λ, side by side
+    python vae_anime.py --sample 100         draw faces from the finished model
+    python vae_anime.py --evaluate FILE      score it on other images
+
+Each λ leaves figures, metrics.json and the model in runs/vae_anime/lambda-<λ>/."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, keeping two runs out of one folder is up to the user
+    fcntl = None
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+
+SCRIPT = "vae_anime"
+DATA = "anime-faces.zip"
+SOURCE = "The real anime-faces.zip is the course's file; put it into data/ beside the script"
+SHAPE = (3, 64, 64)  # channels, rows, columns
+LEVELS = 256  # every value of a byte
+LATENT_DIM = 512
+WIDTH = 32  # channels at 16 x 16; twice as many at 8 x 8
+EPOCHS = 15
+LEARNING_RATE = 1e-3
+LINEAR_PACE = 0.1  # the linear maps' weights move this much slower: they start near their optimum
+WARMUP = 0.0  # epochs
+MAX_NORM = 5000.0  # of the gradient
+ROTATE, SCALE, SHEAR, SHIFT, FLIP = 0.0, 0.0, 0.0, 0.0, 0.5  # degrees; log factor; slope; half images; probability
+MAX_BYTES = 2**25  # of one image file, and of one unpacked image's pixels
+
+# ----------------------------------------------------------------------------------------------------------------------
+# arguments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# fmt: off
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = fail  # a mistake is one line here as everywhere
+    add = parser.add_argument_group("run").add_argument
+    add("--data", type=Path, metavar="PATH", help=f"{DATA}; otherwise the one in data/ beside the script, or the "
+        "bundled data/sample/")
+    add("--out", type=Path, metavar="DIR", default=Path("runs") / SCRIPT, help="folder for what a run leaves, with one "
+        "folder a λ inside")
+    add("--resume", action="store_true", help="go on with the interrupted run in --out")
+    add("--evaluate", type=Path, metavar="FILE", help="score the finished run's model on every image of FILE")
+    add("--sample", type=positive, metavar="N", help="draw N images from the finished run's model")
+    add("--seed", type=int, default=0, help="of split, weights, batches and noise")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train")
+    add("--limit", type=positive, metavar="N", help="use N random images only, for a first look")
+    add = parser.add_argument_group("model and objective").add_argument
+    add("--lambda", type=not_negative, nargs="+", default=[1.0], dest="kl_weight", metavar="λ", help="weight of the KL "
+        "in the training loss; several values train one model each and compare them")
+    add("--warmup", type=not_negative, default=WARMUP, metavar="EPOCHS", help="λ grows from 0 in the first epochs")
+    add("--prior", choices=("learned", "normal"), default="learned", help="p(z): a Gaussian with learned mean and full "
+        "covariance, or N(0, I)")
+    add("--latent-dim", type=positive, default=LATENT_DIM, help="dimensions of z")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=positive, default=EPOCHS, help="passes over the training images")
+    add("--batch-size", type=positive, default=64, help="images a step, over all processes")
+    add("--lr", type=positive_float, default=LEARNING_RATE, help="peak learning rate of Adam")
+    add = parser.add_argument_group("scores and figures").add_argument
+    add("--image", type=not_negative_int, default=0, metavar="N", help="test image whose posterior is shown")
+    add("--iwae", type=positive, default=64, metavar="K", help="samples an image for the importance-weighted bound")
+    add("--iwae-images", type=positive, default=100, metavar="N", help="test images that the bound is averaged over")
+    args = parser.parse_args(argv)
+    if len(set(args.kl_weight)) < len(args.kl_weight):
+        fail(f"--lambda {' '.join(f'{value:g}' for value in args.kl_weight)}: a value stands there twice")
+    return args
+# fmt: on
+
+
+def checked(convert: Callable, holds: Callable, what: str) -> Callable:
+    """An argparse type: `convert` the word, then refuse a value for which `holds` is false (nan always is)."""
+
+    def parse(text: str):
+        try:
+            value = convert(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
+
+
+positive = checked(int, lambda v: v >= 1, "a whole number from 1 up")
+positive_float = checked(float, lambda v: 0 < v < math.inf, "a positive number")
+not_negative = checked(float, lambda v: 0 <= v < math.inf, "a number from 0 up")
+not_negative_int = checked(int, lambda v: v >= 0, "a whole number from 0 up")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# errors, devices, run folders, checkpoints (the same to the letter in every script of this project)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def fail(message: str) -> NoReturn:
+    """End the program over a user's mistake: one line on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def seed_all(*numbers: int) -> torch.Generator:
+    """Seed torch, and return a CPU generator, from `numbers` such as (seed, fold, epoch, step).
+
+    Noise is a function of its place in the run, so a resumed run needs no generator state to repeat it.
+    """
+    seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is a GPU when there is one. Under torchrun each process takes its own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError):
+        fail(f"--device {name}: torch finds no such device here. Use --device auto")
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 matrix products where the processor has them: every CUDA GPU since Ampere, a CPU with avx512_bf16."""
+    bf16 = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type != "mps")
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """(rank, world size): (0, 1) alone, else of the group that torchrun started."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+stop_signals: list[int] = []  # what has arrived; the training loop looks here after each batch
+
+
+def catch_signals() -> None:
+    """Let Ctrl-C and SIGTERM wait for the end of the batch; a second one ends the program at once."""
+
+    def handler(number: int, frame) -> None:
+        stop_signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    stop_signals.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`, moved into place when the block ends well: no reader sees half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+held_locks: list[int] = []  # file descriptors of locked run folders; closed when main ends
+
+
+def open_run(folder: Path, resume: bool, config: dict) -> None:
+    """Make and lock the run's folder, leave config.json there; without `resume`, keep what stood there as .previous."""
+    try:
+        for attempt in range(2):
+            folder.mkdir(parents=True, exist_ok=True)
+            if fcntl:  # the lock is freed when the process ends, however it ends
+                held_locks.append(os.open(folder, os.O_RDONLY))
+                fcntl.flock(held_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if resume or attempt or not any(folder.iterdir()):
+                break
+            if not (folder / "config.json").exists():
+                fail(f"{folder}: holds files that no run left there. Name another folder with --out")
+            previous = folder.with_name(folder.name + ".previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
+        for stale in folder.glob(".*.tmp"):
+            stale.unlink()
+        write_json(folder / "config.json", config)
+    except BlockingIOError:
+        fail(f"{folder}: another run is writing there. Wait for it, or name another folder with --out")
+    except OSError as error:
+        fail(f"{folder}: cannot be written ({error.strerror}). Name another folder with --out")
+
+
+def describe_run(args: argparse.Namespace, hashes: dict[str, str]) -> dict:
+    """What config.json says: arguments, data, versions, commit."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    return {
+        "arguments": vars(args),
+        "sha256": hashes,
+        "seed": args.seed,
+        "commit": commit.stdout.strip() or None,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+
+
+def load_checkpoint(path: Path, script: str, settings: dict) -> dict:
+    """Read a checkpoint of `script` trained with `settings`; anything else ends the program. Runs no code from it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the bytes lead it into
+        fail(f"{path}: not a checkpoint that can be read ({type(error).__name__}). Train again without --resume")
+    if not isinstance(state, dict) or state.get("script") != script or not isinstance(state.get("settings"), dict):
+        fail(f"{path}: not a checkpoint of {script}. Train again without --resume")
+    for name, value in settings.items():
+        if state["settings"].get(name) != value:
+            there = state["settings"].get(name)
+            fail(f"{path}: trained with {name} {there}, not {value}. Give it the same, or start over without --resume")
+    return state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data: files -> uint8 images -> batches of pixels in [0, 1]
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def find_data(given: Path | None) -> Path:
+    """The file to read: the one given, else in data/ beside the script, else the bundled sample there."""
+    if given is not None:
+        return given
+    for path in (HERE / "data" / DATA, HERE / "data" / "sample" / DATA):
+        if path.exists():
+            return path
+    fail(f"no data/{DATA} beside {Path(__file__).name}. {SOURCE}, or name it with --data")
+
+
+def resize(images: list[np.ndarray]) -> np.ndarray:
+    """uint8 images (H, W[, C]) of any sizes -> (N, *SIZE[, C]), averaging over the pixels that fall together."""
+    return np.stack([np.asarray(Image.fromarray(image).resize(SHAPE[:0:-1], Image.Resampling.BOX)) for image in images])
+
+
+def load_images(path: Path, out: Path) -> tuple[torch.Tensor, str]:
+    """All PNG and JPEG images of a zip file or a folder, uint8 (N, 3, 64, 64), and the sha256 of their files.
+
+    Decoded once, in parallel; kept as <out>/images-<sha256>.npy for the runs that follow. What cannot be read is
+    skipped, what is not RGB or 64 x 64 is converted, and each is counted in a line. Nothing is unpacked to a path.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    def is_image(name: str) -> bool:
+        return name.lower().endswith((".png", ".jpg", ".jpeg")) and not name.startswith("__MACOSX/")
+
+    try:
+        if path.is_dir():
+            files = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if is_image(file.name)}
+            read = {name: file.read_bytes for name, file in files.items()}
+        else:
+            archive = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+            members = sorted(member.filename for member in archive.infolist() if is_image(member.filename))
+            read = {name: lambda name=name: archive.open(name).read(MAX_BYTES) for name in members}
+    except OSError as error:
+        fail(f"{path}: {error.strerror or error}. {SOURCE}, or name it with --data")
+    except zipfile.BadZipFile as error:
+        fail(f"{path}: not a zip file that can be read ({error}). Give a zip or a folder of PNG or JPEG images")
+    if not read:
+        fail(f"{path}: no PNG or JPEG image in it. Give a zip or a folder of images")
+    digest, raws, unreadable = hashlib.sha256(), {}, []
+    for name, get in read.items():
+        try:
+            raws[name] = get()
+            digest.update(name.encode() + raws[name])
+        except Exception as error:  # zipfile raises what the bytes lead it into
+            unreadable.append(f"{name} ({error})")
+    sha256 = digest.hexdigest()
+    cache = out / f"images-{sha256[:16]}.npy"
+    if cache.exists():
+        return torch.from_numpy(np.load(cache, allow_pickle=False)), sha256
+
+    def decode(name: str) -> tuple[np.ndarray, bool, bool] | None:
+        try:
+            with Image.open(io.BytesIO(raws[name]), formats=("PNG", "JPEG")) as image:
+                if image.width * image.height * 4 > MAX_BYTES:
+                    raise ValueError(f"{image.width} by {image.height} pixels")
+                pixels = np.asarray(image.convert("RGB"))  # (H, W, 3)
+                other_size = pixels.shape[:2] != SHAPE[1:]
+                return resize([pixels])[0] if other_size else pixels, image.mode != "RGB", other_size
+        except Exception as error:  # Pillow raises what the bytes lead it into
+            unreadable.append(f"{name} ({error})")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        decoded = list(tqdm(pool.map(decode, raws), "decode", len(raws), unit="image", disable=None, leave=False))
+    kept = [item for item in decoded if item is not None]
+    if unreadable:
+        print(f"warning   {path}: {len(unreadable)} images cannot be read and are left out, such as {min(unreadable)}")
+    if not kept:
+        fail(f"{path}: none of its {len(read)} images can be read. Give a zip or a folder of PNG or JPEG images")
+    for place, what in ((1, "are not RGB and are converted"), (2, f"are not {SHAPE[1:]} and are resized")):
+        if count := sum(item[place] for item in kept):
+            print(f"warning   {path}: {count} images {what}")
+    images = np.ascontiguousarray(np.stack([item[0] for item in kept]).transpose(0, 3, 1, 2))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic(cache) as temporary, open(temporary, "wb") as file:
+            np.save(file, images)
+    except OSError as error:
+        fail(f"{out}: cannot be written ({error.strerror}). Name another folder with --out")
+    return torch.from_numpy(images), sha256
+
+
+class Split(NamedTuple):
+    """uint8 images (N, C, H, W) for the weights, for looking during training, and for the figures at the end."""
+
+    train: torch.Tensor
+    validation: torch.Tensor
+    test: torch.Tensor
+
+
+def split_images(images: torch.Tensor, seed: int, limit: int | None) -> Split:
+    """Deal the images, at most `limit` of them, at random into 80% for training, 10% and 10%."""
+    if len(images) < 10:
+        fail(f"{len(images)} images are too few to split; give 10 or more")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:limit]
+    tenth = max(1, len(order) // 10)
+    test, validation, train = order.split([tenth, tenth, len(order) - 2 * tenth])
+    print(f"images    {len(train)} for training, {tenth} for validation, {tenth} for test, each {SHAPE}")
+    return Split(images[train], images[validation], images[test])
+
+
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """Grey or colour values 0 to 255 -> LEVELS evenly spaced values from 0 to 1, laid out channels last."""
+    pixels = (images.float() * (LEVELS / 256)).floor() / (LEVELS - 1)
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Warp each of the images (B, C, H, W) by a random affine map within the bounds that the constants set.
+
+    Values stay grey, 0 to 255, so that what is made binary afterwards has no blurred edges.
+    """
+    count = len(images)
+
+    def draw(bound: float) -> torch.Tensor:
+        return (torch.rand(count, generator=generator) * 2 - 1) * bound
+
+    angle, shear = draw(math.radians(ROTATE)), draw(SHEAR)
+    flip = torch.where(torch.rand(count, generator=generator) < FLIP, -1.0, 1.0)
+    across, down = draw(SCALE).exp() * flip, draw(SCALE).exp()
+    left = torch.stack([angle.cos() * across, (shear * angle.cos() - angle.sin()) * down, draw(SHIFT)], -1)
+    right = torch.stack([angle.sin() * across, (shear * angle.sin() + angle.cos()) * down, draw(SHIFT)], -1)
+    grid = F.affine_grid(torch.stack([left, right], 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+
+
+class Components(NamedTuple):
+    """Probabilistic PCA of the training images, from which a model starts; k directions in D pixels."""
+
+    mean: torch.Tensor  # (D,)
+    directions: torch.Tensor  # (k, D)
+    variances: torch.Tensor  # (k,) of the data along each direction, the noise included
+    noise: torch.Tensor  # () variance of a pixel along the other D - k directions
+
+
+def principal_components(images: torch.Tensor, count: int) -> Components:
+    """The maximum-likelihood linear Gaussian model (Tipping and Bishop 1999, eqs. 7 and 8), from 8,192 images at most.
+
+    A linear VAE with one σ has its optimum there (Lucas et al. 2019, theorem 1), so no gradient need look for it. Where
+    there are fewer images than `count` directions, the rest carry noise only.
+    """
+    chosen = images[torch.randperm(len(images), generator=seed_all(len(images)))[:8192]]
+    x = to_pixels(chosen).flatten(1)  # (n, D)
+    mean = x.mean(0)
+    x -= mean
+    found = min(count, len(x) - 1)
+    _, s, directions = torch.svd_lowrank(x, min(found + 32, *x.shape), niter=2)
+    variances = s[:found].square() / len(x)
+    noise = ((x.square().sum() / len(x) - variances.sum()) / (x.shape[1] - found)).clamp_min(1e-4)
+    variances = F.pad(variances, (0, count - found)).maximum(noise)
+    return Components(mean, F.pad(directions.T[:found], (0, 0, 0, count - found)), variances, noise)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """x + conv(silu(conv(silu(x)))), the identity at the start (He et al. 2016, fig. 4e without its norms)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(F.silu(self.first(F.silu(x))))
+
+
+class Encoder(nn.Module):
+    """x (B, 3, 64, 64) -> mu, logvar (B, k) each: probabilistic PCA's posterior, and what a convolution adds to it."""
+
+    def __init__(self, start: Components):
+        super().__init__()
+        signal = (start.variances - start.noise).sqrt()  # (k,)
+        self.register_buffer("center", start.mean)
+        self.linear = nn.Parameter(start.directions.T * (signal / start.variances / LINEAR_PACE))  # (D, k)
+        self.logvar = nn.Parameter((start.noise / start.variances).log())
+        self.network = nn.Sequential(
+            nn.Conv2d(3, WIDTH, 4, 4), Residual(WIDTH), nn.SiLU(),  # (B, WIDTH, 16, 16)
+            nn.Conv2d(WIDTH, 2 * WIDTH, 4, 2, 1), Residual(2 * WIDTH), nn.SiLU(), nn.Flatten(),  # (B, 2 WIDTH * 8 * 8)
+            nn.Linear(2 * WIDTH * 64, 2 * len(start.variances)),
+        )  # fmt: skip
+        nn.init.zeros_(self.network[-1].weight)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mu, logvar = self.network(x - 0.5).chunk(2, 1)
+        return mu + (x.flatten(1) - self.center) * LINEAR_PACE @ self.linear, logvar + self.logvar
+
+
+class Decoder(nn.Module):
+    """z (B, k) -> the pixels' mean (B, 3, 64, 64), linear in z at the start, and log σ ()."""
+
+    def __init__(self, start: Components):
+        super().__init__()
+        signal = (start.variances - start.noise).sqrt()[:, None]  # (k, 1)
+        self.register_buffer("center", start.mean)
+        self.linear = nn.Parameter(start.directions * (signal / LINEAR_PACE))  # (k, D)
+        self.log_sigma = nn.Parameter(start.noise.log() / 2)
+        self.network = nn.Sequential(
+            nn.Linear(len(start.variances), 2 * WIDTH * 64), nn.Unflatten(1, (2 * WIDTH, 8, 8)), Residual(2 * WIDTH),
+            nn.SiLU(), nn.Conv2d(2 * WIDTH, 4 * WIDTH, 3, padding=1), nn.PixelShuffle(2), Residual(WIDTH),  # 16 x 16
+            nn.SiLU(), nn.Conv2d(WIDTH, 2 * WIDTH, 3, padding=1), nn.PixelShuffle(2),  # (B, WIDTH / 2, 32, 32)
+            nn.SiLU(), nn.Conv2d(WIDTH // 2, 12, 3, padding=1), nn.PixelShuffle(2),  # (B, 3, 64, 64)
+        )  # fmt: skip
+        nn.init.zeros_(self.network[-2].weight)
+
+    def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        flat = z * LINEAR_PACE @ self.linear + self.center  # (B, D)
+        return flat.view(-1, *SHAPE) + self.network(z), self.log_sigma
+
+
+class VAE(nn.Module):
+    """q(z|x) = N(μ(x), diag σ²(x)), p(x|z) from the decoder, and the prior p(z) = N(m, (AᵀA)⁻¹).
+
+    A is lower triangular with a positive diagonal. u = A (z - m) is N(0, I) under the prior: these whitened coordinates
+    are what figures and active units are measured in. With `learned_prior` false, A = I and m = 0.
+    """
+
+    def __init__(self, start: Components, learned_prior: bool):
+        super().__init__()
+        count = len(start.variances)
+        self.encoder, self.decoder = Encoder(start), Decoder(start)
+        self.prior_mean = nn.Parameter(torch.zeros(count), requires_grad=learned_prior)  # m
+        self.prior_factor = nn.Parameter(torch.zeros(count, count), requires_grad=learned_prior)  # diagonal: log of A's
+
+    def whitener(self) -> torch.Tensor:
+        """A, (k, k)."""
+        return self.prior_factor.tril(-1) + self.prior_factor.diagonal().exp().diag()
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (B, C, H, W) in [0, 1] -> mu and logvar of q(z|x), (B, k) each, in float32."""
+        mu, logvar = self.encoder(x)
+        return mu.float(), logvar.float().clamp(-20.0, 10.0)  # at λ = 0 nothing else keeps σ from 0
+
+    def from_white(self, u: torch.Tensor) -> torch.Tensor:
+        """u (B, k) -> z = m + A⁻¹u: a draw from the prior where u is one from N(0, I)."""
+        return self.prior_mean + torch.linalg.solve_triangular(self.whitener(), u.T, upper=False).T
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# objective (nats per image)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+BITS_OFFSET = 8.0  # a density over [0, 1] becomes one over 256 levels
+
+
+def log_prob(params: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """log p(x|z), Gaussian (Kingma and Welling 2014, eq. 12): (mean, log σ) and x (B, 3, 64, 64) -> (B,) nats."""
+    mu, log_sigma = params[0].float(), params[1].float()
+    square = (mu - x).square().flatten(1).sum(1)
+    return -0.5 * square * (-2 * log_sigma).exp() - math.prod(SHAPE) * (log_sigma + 0.5 * math.log(2 * math.pi))
+
+
+def mean(params: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """E[x|z]."""
+    return params[0].float()
+
+
+def reparameterize(mu: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """z = μ + σ ε with ε from N(0, I): a draw from q(z|x) that gradients pass (Kingma and Welling 2014, 2.4)."""
+    return mu + (0.5 * logvar).exp() * noise
+
+
+def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor, prior_mean: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """KL(N(μ, diag σ²) ‖ N(m, (AᵀA)⁻¹)) of each item, (B, k) -> (B,).
+
+    ½ (‖A (μ - m)‖² + tr(A diag σ² Aᵀ) - k - Σ ln σ²) - ln det A; with A = I and m = 0 it is Kingma and Welling's
+    appendix B.
+    """
+    distance = ((mu - prior_mean) @ A.T).square().sum(-1) + logvar.exp() @ A.square().sum(0)
+    return 0.5 * (distance - mu.shape[-1] - logvar.sum(-1)) - A.diagonal().log().sum()
+
+
+def elbo_terms(model: VAE, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reconstruction -log p(x|z) and KL, (B,) each; ELBO = -(reconstruction + KL). One z an image, from `noise`."""
+    with autocast(x.device):
+        mu, logvar = model.encode(x)
+    kl = kl_divergence(mu, logvar, model.prior_mean, model.whitener())
+    with autocast(x.device):
+        params = model.decoder(reparameterize(mu, logvar, noise))
+    return -log_prob(params, x), kl
+
+
+@torch.no_grad()
+def iwae_bound(model: VAE, x: torch.Tensor, samples: int, generator: torch.Generator) -> torch.Tensor:
+    """log 1/K Σ p(x|z) p(z) / q(z|x) of one image x (1, C, H, W), z from q (Burda et al. 2016, eq. 8)."""
+    mu, logvar = model.encode(x)
+    A, weights = model.whitener(), []
+    for start in range(0, samples, 256):  # so many decoded images fit any memory
+        noise = torch.randn(min(256, samples - start), mu.shape[1], generator=generator).to(x.device)
+        z = reparameterize(mu, logvar, noise)
+        log_prior = A.diagonal().log().sum() - 0.5 * ((z - model.prior_mean) @ A.T).square().sum(1)
+        log_q = -0.5 * (noise.square() + logvar).sum(1)  # both without the k/2 ln 2π, which cancels
+        weights.append(log_prob(model.decoder(z), x) + log_prior - log_q)
+    return torch.cat(weights).logsumexp(0) - math.log(samples)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training and evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first tenth of the steps, then half a cosine down to 0."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def share_gradients(model: nn.Module, numbers: torch.Tensor) -> torch.Tensor:
+    """Sum the gradients, and `numbers` (loss, hits, stop flag), over all processes in one message."""
+    gradients = [p.grad for p in model.parameters()]
+    message = torch.cat([g.flatten() for g in gradients] + [numbers])
+    dist.all_reduce(message)
+    parts = message.split([g.numel() for g in gradients] + [len(numbers)])
+    for gradient, part in zip(gradients, parts, strict=False):
+        gradient.copy_(part.view_as(gradient))
+    return parts[-1]
+
+
+def train(
+    model: VAE, images: Split, args: argparse.Namespace, kl_weight: float, start: dict | None,
+    save: Callable[[dict], None], bar: tqdm,
+) -> tuple[VAE, list[dict]]:  # fmt: skip
+    """Train `model` with reconstruction + λ KL; return the running average of its weights and the history.
+
+    `start` is a state to go on from; `save` takes the state after each epoch and when a signal stops the run. A loss
+    that is not finite goes back to the last epoch's end at half the learning rate, three times at most.
+    """
+    device = model.prior_mean.device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learned, lr=args.lr, betas=(0.9, 0.99), fused=device.type != "mps")
+    average = copy.deepcopy(model)  # of the weights: one to two nats better than any single step's
+    at = {"epoch": 0, "batch": 0, "reconstruction": 0.0, "kl": 0.0, "seen": 0, "retries": 0}
+    history: list[dict] = []
+
+    def snapshot() -> dict:
+        parts = {"at": at, "history": history, "model": model.state_dict(), "average": average.state_dict(),
+                 "optimizer": optimizer.state_dict()}  # fmt: skip
+        return copy.deepcopy(parts)
+
+    def restore(state: dict) -> None:
+        state = copy.deepcopy(state)
+        at.update(state["at"])
+        history[:] = state["history"]
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    good = start or snapshot()
+    restore(good)
+    per_epoch = math.ceil(len(images.train) / args.batch_size)
+    bar.update(at["epoch"] * per_epoch + at["batch"])
+    while at["epoch"] < args.epochs:
+        order = torch.randperm(len(images.train), generator=seed_all(args.seed, at["epoch"]))
+        for batch in order.split(args.batch_size)[at["batch"] :]:
+            step = at["epoch"] * per_epoch + at["batch"]
+            generator = seed_all(args.seed, at["epoch"], step, at["retries"])
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.epochs * per_epoch, args.lr) * 0.5 ** at["retries"]
+            annealed = kl_weight * min(1.0, step / max(1.0, args.warmup * per_epoch))
+
+            mine = slice(rank, None, world) if rank < len(batch) else slice(0, 1)  # this process's share
+            weight = (rank < len(batch)) / len(batch)  # 0 where a small last batch left it none
+            noise = torch.randn(len(batch), len(model.prior_mean), generator=generator)[mine].to(device)
+            x = to_pixels(augment(images.train[batch], generator)[mine].to(device))  # (B, C, H, W)
+            reconstruction, kl = (term.sum() for term in elbo_terms(model, x, noise))
+            optimizer.zero_grad()
+            ((reconstruction + annealed * kl) * weight).backward()
+            sums = torch.stack([reconstruction * weight, kl * weight, kl.new_tensor(len(stop_signals))]).detach()
+            if world > 1:
+                sums = share_gradients(model, sums)
+            norm = nn.utils.clip_grad_norm_(learned, MAX_NORM)
+            reconstruction, kl, stop = sums.tolist()
+
+            if not math.isfinite(reconstruction + kl + norm.item()):
+                retries = at["retries"] + 1
+                facts = (f"reconstruction {reconstruction}, KL {kl}, gradient norm {norm.item()} in epoch "
+                         f"{at['epoch'] + 1}, batch {at['batch'] + 1}")  # fmt: skip
+                if retries > 3:
+                    fail(f"{facts}, for the fourth time. Lower --lr (now {args.lr:g})")
+                tqdm.write(f"warning   {facts}: back to the last epoch's end at half the learning rate")
+                bar.update(-at["batch"])
+                restore(good)
+                at["retries"] = retries
+                break
+            optimizer.step()
+            with torch.no_grad():
+                pace = 1 - min(0.999, (1 + step) / (10 + step))
+                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), pace)
+            at["reconstruction"] += reconstruction * len(batch)
+            at["kl"] += kl * len(batch)
+            at["seen"] += len(batch)
+            at["batch"] += 1
+            bar.update()
+            bar.set_postfix_str(f"-ELBO {(at['reconstruction'] + at['kl']) / at['seen']:.1f}", refresh=False)
+            if stop:
+                save(snapshot())
+                raise KeyboardInterrupt
+        else:  # the epoch ended without a break
+            reconstruction, kl = at["reconstruction"] / at["seen"], at["kl"] / at["seen"]
+            held_out = evaluate(average, images.validation, args.seed)
+            history.append(
+                {
+                    "epoch": at["epoch"] + 1,
+                    "kl_weight": annealed,
+                    "train_loss": reconstruction + annealed * kl,
+                    "train_reconstruction": reconstruction,
+                    "train_kl": kl,
+                    "validation_loss": held_out["reconstruction"] + annealed * held_out["kl"],
+                    "validation_reconstruction": held_out["reconstruction"],
+                    "validation_kl": held_out["kl"],
+                }
+            )
+            at.update(epoch=at["epoch"] + 1, batch=0, reconstruction=0.0, kl=0.0, seen=0)
+            good = snapshot()
+            save(good)
+    return average.eval(), history
+
+
+@torch.no_grad()
+def evaluate(model: VAE, images: torch.Tensor, seed: int) -> dict:
+    """Score uint8 images (N, C, H, W): means over them in nats, the pooled squared error, and each image's posterior.
+
+    The error is that of the mean of p(x|z) with z drawn from q(z|x), not put at its mean.
+    """
+    device, generator = model.prior_mean.device, seed_all(seed)
+    reconstruction = kl = error = 0.0
+    posteriors, reconstructed = [], []
+    for batch in images.split(250):
+        x = to_pixels(batch.to(device))
+        mu, logvar = model.encode(x)
+        z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=generator).to(device))
+        params = model.decoder(z)
+        reconstruction -= log_prob(params, x).sum().item()
+        kl += kl_divergence(mu, logvar, model.prior_mean, model.whitener()).sum().item()
+        error += (mean(params).clamp(0, 1) - x).square().sum().item()
+        posteriors.append(torch.cat([mu, logvar], 1).cpu())
+        reconstructed.append(to_bytes(mean(params)))
+    mu, logvar = torch.cat(posteriors).chunk(2, 1)
+    count = len(images)
+    return {
+        "neg_elbo": (reconstruction + kl) / count,
+        "reconstruction": reconstruction / count,
+        "kl": kl / count,
+        "bits_per_dim": (reconstruction + kl) / (count * math.prod(SHAPE) * math.log(2)) + BITS_OFFSET,
+        "psnr_db": -10 * math.log10(error / (count * math.prod(SHAPE))),
+        "mu": mu,
+        "logvar": logvar,
+        "reconstructed": torch.cat(reconstructed),
+    }
+
+
+def describe_posterior(model: VAE, mu: torch.Tensor, logvar: torch.Tensor) -> dict:
+    """How the posteriors (N, k) of N images fill the prior, in whitened coordinates u, where p(u) = N(0, I).
+
+    A unit is active where the variance over images of its posterior mean is above 0.01 (Burda et al. 2016, section
+    5.2). The aggregate posterior q(u) is the mixture of all N; I(x; u) = mean KL(q(u|x) ‖ p) - KL(q(u) ‖ p) (Hoffman
+    and Johnson 2016, eq. 7), which N images, 2,000 at most here, can show up to ln N nats.
+    """
+    mu, logvar = mu[:2000], logvar[:2000]  # the mixture's density takes N² distances
+    count = len(mu)
+    A, prior_mean = model.whitener().detach().cpu().double(), model.prior_mean.detach().cpu().double()
+    mu, logvar = mu.double(), logvar.double()
+    mean_u, var_u = (mu - prior_mean) @ A.T, logvar.exp() @ A.square().T  # (N, k), the marginals of q(u|x)
+    covariance = A @ logvar.exp().mean(0).diag() @ A.T + mean_u.T.cov(correction=0)
+    z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=seed_all(count)).double())
+    precision = (-logvar).exp()
+    square = z.square() @ precision.T - 2 * z @ (mu * precision).T + (mu.square() * precision).sum(1)
+    log_mixture = (-0.5 * (square + logvar.sum(1))).logsumexp(1) - math.log(count)  # ln q(z) + k/2 ln 2π, (N,)
+    log_prior = A.diagonal().log().sum() - 0.5 * ((z - prior_mean) @ A.T).square().sum(1)
+    kl = kl_divergence(mu, logvar, prior_mean, A).mean()
+    return {
+        "variance_of_mean": mean_u.var(0, correction=0),
+        "kl_per_dimension": 0.5 * (mean_u.square() + var_u - 1 - var_u.log()).mean(0),
+        "aggregate_mean": mean_u.mean(0),
+        "aggregate_eigenvalues": torch.linalg.eigvalsh(covariance),
+        "mutual_information": (kl - (log_mixture - log_prior).mean()).item(),
+        "mean_u": mean_u,
+        "var_u": var_u,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# figures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure in inches, drawn without a display."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Values in [0, 1], (N, C, H, W) -> uint8 on the CPU."""
+    return (images.float().clamp(0, 1) * 255).round().byte().cpu()
+
+
+def tile(images: torch.Tensor, columns: int) -> np.ndarray:
+    """uint8 images (N, C, H, W) -> one RGB image, `columns` beside each other, white lines between."""
+    images = F.pad(images.expand(-1, 3, -1, -1), (1, 1, 1, 1), value=255)
+    images = F.pad(images, (0,) * 7 + (-len(images) % columns,), value=255)
+    rows = [torch.cat(list(row), -1) for row in images.split(columns)]
+    return torch.cat(rows, -2).permute(1, 2, 0).numpy()
+
+
+def show(panel, image: np.ndarray, title: str = "") -> None:
+    panel.imshow(image, interpolation="nearest")
+    panel.set_title(title, fontsize=9)
+    panel.axis("off")
+
+
+def plot_learning_curve(path: Path, history: list[dict], kl_weight: float) -> None:
+    """Loss, reconstruction and KL by epoch; training (warped images, the step's own weights) and validation."""
+    figure = new_figure(10, 3.4)
+    epochs = [row["epoch"] for row in history]
+    names = {"loss": f"reconstruction + λ KL, λ = {kl_weight:g}", "reconstruction": "-log p(x|z)", "kl": "KL"}
+    for panel, (key, name) in zip(figure.subplots(1, 3), names.items(), strict=True):
+        panel.plot(epochs, [row[f"train_{key}"] for row in history], label="training")
+        panel.plot(epochs, [row[f"validation_{key}"] for row in history], label="validation")
+        late = [row[f"{part}_{key}"] for row in history[len(history) // 20 :] for part in ("train", "validation")]
+        margin = 0.05 * (max(late) - min(late)) + 1e-6
+        panel.set_ylim(min(late) - margin, max(late) + margin)  # the first epochs would flatten all the others
+        panel.set_xlabel("epoch")
+        panel.set_ylabel("nats per image")
+        panel.set_title(name, fontsize=10)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.legend()
+    save_figure(figure, path)
+
+
+def plot_pair(path: Path, left: torch.Tensor, right: torch.Tensor, names: tuple[str, str]) -> None:
+    """Two tables of 64 images beside each other."""
+    figure = new_figure(8, 4.3)
+    for panel, images, name in zip(figure.subplots(1, 2), (left, right), names, strict=True):
+        show(panel, tile(images[:64], 8), name)
+    save_figure(figure, path)
+
+
+@torch.no_grad()
+def decode_mean(model: VAE, z: torch.Tensor) -> torch.Tensor:
+    """The mean of p(x|z) as uint8 images."""
+    device = model.prior_mean.device
+    return torch.cat([to_bytes(mean(model.decoder(part))) for part in z.to(device).split(250)])
+
+
+@torch.no_grad()
+def draw_samples(model: VAE, count: int, seed: int) -> torch.Tensor:
+    """The mean of p(x|z) for z from the prior, uint8 (count, C, H, W); the same z in every epoch and at every λ."""
+    u = torch.randn(count, len(model.prior_mean), generator=seed_all(seed, count)).to(model.prior_mean.device)
+    return decode_mean(model, model.from_white(u))
+
+
+def interpolate(model: VAE, mu: torch.Tensor, rows: int, steps: int = 10) -> torch.Tensor:
+    """Decode the straight lines from mu[0] to mu[1], mu[2] to mu[3], …, ends included: (rows * steps, C, H, W)."""
+    share = torch.linspace(0, 1, steps)[None, :, None]  # (1, steps, 1)
+    first, last = mu[0 : 2 * rows : 2, None], mu[1 : 2 * rows : 2, None]  # (rows, 1, k)
+    return decode_mean(model, ((1 - share) * first + share * last).flatten(0, 1))
+
+
+def plot_interpolation(path: Path, test: torch.Tensor, between: torch.Tensor, rows: int) -> None:
+    """Each row: a real image, its code decoded, the way to the code of another, that decoded, the other real image."""
+    lines = between.unflatten(0, (rows, -1))
+    ends = test[: 2 * rows].unflatten(0, (rows, 2))
+    table = torch.cat([ends[:, :1], lines, ends[:, 1:]], 1).flatten(0, 1)
+    figure = new_figure(8, 0.68 * rows + 0.3)
+    show(figure.subplots(), tile(table, lines.shape[1] + 2), "real | from one code to the other | real")
+    save_figure(figure, path)
+
+
+def plot_posterior(path: Path, image: torch.Tensor, again: torch.Tensor, mean_u, var_u) -> None:
+    """One image and its reconstruction (C, H, W), with the mean and variance (k,) of its q(u|x) against N(0, I)."""
+    figure = new_figure(9, 4.2)
+    layout = figure.add_gridspec(2, 2, width_ratios=(1, 4))
+    for row, (picture, name) in enumerate(((image, "real"), (again, "reconstructed"))):
+        show(figure.add_subplot(layout[row, 0]), tile(picture[None], 1), name)
+    order = var_u.argsort()
+    for row, (values, prior, name) in enumerate(((mean_u, 0.0, "mean"), (var_u, 1.0, "variance"))):
+        panel = figure.add_subplot(layout[row, 1])
+        panel.bar(range(len(order)), values[order], width=1.0)
+        panel.axhline(prior, color="tab:red", linewidth=1, label=f"prior: {prior:g}")
+        panel.set_ylabel(f"{name} of q(u|x)")
+        panel.legend(loc="upper left")
+    panel.set_xlabel("dimension of u, by variance")
+    save_figure(figure, path)
+
+
+def plot_collapse(path: Path, report: dict) -> None:
+    """Which dimensions are used, for how many nats, and how near the aggregate posterior is to the prior."""
+    figure = new_figure(10, 3.4)
+    spread, nats, fit = figure.subplots(1, 3)
+    spread.semilogy(report["variance_of_mean"].sort(descending=True).values.clamp_min(1e-8))
+    active = int((report["variance_of_mean"] > 0.01).sum())
+    spread.axhline(0.01, color="tab:red", linewidth=1, label=f"active above .01: {active}")
+    spread.set_ylabel("variance over images of E[u|x]")
+    nats.plot(report["kl_per_dimension"].sort(descending=True).values)
+    nats.set_ylabel("KL of the marginal (nats)")
+    fit.semilogy(report["aggregate_eigenvalues"].flip(0).clamp_min(1e-8), label="eigenvalues of its covariance")
+    fit.plot(report["aggregate_mean"].abs().sort(descending=True).values.clamp_min(1e-8), label="|mean|")
+    fit.axhline(1.0, color="tab:red", linewidth=1, label="prior: covariance 1, mean 0")
+    fit.set_ylabel("aggregate posterior")
+    for panel in (spread, nats, fit):
+        panel.set_xlabel("dimension of u, sorted")
+    spread.legend()
+    fit.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def plot_sweep(
+    folder: Path, table: list[dict], models: list[VAE], test: torch.Tensor, args: argparse.Namespace
+) -> None:
+    """lambda-sheet.png: a column a λ; rate-distortion.png: KL against reconstruction, a point a λ."""
+    chosen = args.image % len(test)
+    figure = new_figure(2.6 * len(models) + 0.4, 12.5)
+    grid = figure.subplots(6, len(models), squeeze=False, height_ratios=(4, 4, 4, 2.4, 2.2, 2.2))
+    for column, (row, model) in zip(grid.T, zip(table, models, strict=True), strict=True):
+        scores = evaluate(model, test, args.seed)
+        report = describe_posterior(model, scores["mu"], scores["logvar"])
+        title = f"λ = {row['lambda']:g}\n{row['active_units']} active of {len(model.prior_mean)}"
+        show(column[0], tile(test[:36], 6), f"{title}\nreal")
+        show(column[1], tile(scores["reconstructed"][:36], 6), f"reconstructed, {row['psnr_db']:.1f} dB")
+        show(column[2], tile(draw_samples(model, 36, args.seed), 6), "samples from the prior")
+        show(column[3], tile(interpolate(model, scores["mu"], 4, 8), 8), "between two images' codes")
+        order = report["var_u"][chosen].argsort()
+        for panel, key, prior in ((column[4], "mean_u", 0.0), (column[5], "var_u", 1.0)):
+            panel.bar(range(len(order)), report[key][chosen][order], width=1.0)
+            panel.axhline(prior, color="tab:red", linewidth=1)
+            panel.set_ylabel("mean of q(u|x)" if prior == 0 else "variance of q(u|x)", fontsize=8)
+        column[5].set_xlabel(f"dimension, test image {chosen}", fontsize=8)
+    save_figure(figure, folder / "lambda-sheet.png")
+
+    figure = new_figure(5, 4)
+    panel = figure.subplots()
+    panel.plot([row["kl"] for row in table], [row["reconstruction"] for row in table], "o-")
+    for row in table:
+        panel.annotate(f" λ = {row['lambda']:g}", (row["kl"], row["reconstruction"]))
+    panel.set_xscale("symlog", linthresh=1.0)
+    panel.set_xlabel("rate: KL (nats per test image)")
+    panel.set_ylabel("distortion: -log p(x|z) (nats)")
+    save_figure(figure, folder / "rate-distortion.png")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def build_model(state: dict, key: str = "average") -> VAE:
+    """The network that a checkpoint describes, with the weights that it holds under `key`."""
+    count, pixels = state["settings"]["latent_dim"], math.prod(SHAPE)
+    blank = Components(torch.zeros(pixels), torch.zeros(count, pixels), torch.ones(count), torch.tensor(0.5))
+    model = VAE(blank, state["settings"]["prior"] == "learned").to(memory_format=torch.channels_last)
+    model.load_state_dict(state[key])
+    return model.eval()
+
+
+def load_finished(folder: Path, device: torch.device) -> tuple[VAE, dict]:
+    """The model of the finished run in `folder`, and its settings."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        fail(f"{folder}: no run there. Train first, or name its folder with --out and its λ with --lambda")
+    state = load_checkpoint(path, SCRIPT, {})
+    return build_model(state).to(device), state["settings"]
+
+
+def evaluate_file(args: argparse.Namespace, folder: Path) -> dict:
+    """Score the model of the finished run in `folder` on every image of the file --evaluate."""
+    begin = time.monotonic()
+    model, settings = load_finished(folder, pick_device(args.device))
+    images, _ = load_images(args.evaluate, args.out)
+    scores = evaluate(model, images, settings["seed"])
+    metrics = {key: scores[key] for key in ("neg_elbo", "reconstruction", "kl", "bits_per_dim", "psnr_db")}
+    metrics |= score_posterior(model, images, scores, args)
+    del metrics["kl_per_dimension"]
+    metrics |= {"latent_dim": settings["latent_dim"], "parameters": count_parameters(model), "images": len(images),
+                "seconds": time.monotonic() - begin}  # fmt: skip
+    arrays = {"image": images, "reconstruction": scores["reconstructed"]}
+    with atomic(folder / "reconstructions.npz") as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **{name: channels_last_array(array) for name, array in arrays.items()})
+    print(f"wrote     {folder}/reconstructions.npz")
+    print(json.dumps(metrics))
+    return metrics
+
+
+def score_posterior(model: VAE, images: torch.Tensor, scores: dict, args: argparse.Namespace) -> dict:
+    """The importance-weighted bound and the measures of posterior collapse, as metrics.json names them."""
+    report = describe_posterior(model, scores["mu"], scores["logvar"])
+    chosen = tqdm(images[: args.iwae_images], f"IWAE-{args.iwae}", unit="image", disable=None, leave=False)
+    generator, device = seed_all(args.seed, args.iwae), model.prior_mean.device
+    bounds = [iwae_bound(model, to_pixels(image[None].to(device)), args.iwae, generator).item() for image in chosen]
+    eigenvalues = report["aggregate_eigenvalues"]
+    return {
+        "iwae": -sum(bounds) / len(bounds),
+        "iwae_samples": args.iwae,
+        "iwae_images": len(bounds),
+        "active_units": int((report["variance_of_mean"] > 0.01).sum()),
+        "kl_per_dimension": report["kl_per_dimension"].sort(descending=True).values.tolist(),
+        "aggregate_mean_largest": report["aggregate_mean"].abs().max().item(),
+        "aggregate_covariance_eigenvalues": [eigenvalues.min().item(), eigenvalues.max().item()],
+        "mutual_information": report["mutual_information"],
+        "mutual_information_limit": math.log(len(images)),
+    }
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def channels_last_array(images: torch.Tensor) -> np.ndarray:
+    """uint8 (N, C, H, W) -> (N, H, W) for grey, (N, H, W, 3) for colour."""
+    return images.permute(0, 2, 3, 1).squeeze(-1).numpy()
+
+
+def sample(args: argparse.Namespace, folder: Path) -> dict:
+    """Draw --sample images from the finished run in `folder`: samples.npz, and a picture of them."""
+    model, settings = load_finished(folder, pick_device(args.device))
+    images = draw_samples(model, args.sample, args.seed)
+    with atomic(folder / "samples.npz") as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, image=channels_last_array(images))
+    with atomic(folder / f"samples-{args.sample}.png") as temporary:
+        Image.fromarray(tile(images, math.ceil(math.sqrt(args.sample)))).save(temporary, format="png")
+    print(f"wrote     {args.sample} images, the mean of p(x|z), z from the {settings['prior']} prior: "
+          f"{folder}/samples.npz and samples-{args.sample}.png")  # fmt: skip
+    return {"samples": args.sample}
+
+
+def run(args: argparse.Namespace, images: Split, sha256: str, kl_weight: float) -> dict:
+    """Train at one λ, score the test images, and leave everything in <out>/lambda-<λ>/."""
+    begin = time.monotonic()
+    device = pick_device(args.device)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    folder = args.out / f"lambda-{kl_weight:g}"
+    kept = ("warmup", "prior", "latent_dim", "epochs", "batch_size", "lr", "seed", "limit")
+    settings = {name: getattr(args, name) for name in kept} | {"lambda": kl_weight, "sha256": sha256}
+    checkpoint, finished = folder / "checkpoint.pt", folder / "metrics.json"
+    sweep = len(args.kl_weight) > 1
+    state = None
+    if checkpoint.exists() and (args.resume or (sweep and finished.exists())):
+        state = load_checkpoint(checkpoint, SCRIPT, settings if args.resume else {})
+        state = state if state["settings"] == settings else None
+    if state and finished.exists():
+        print(f"finished  {folder} holds this run's end already")
+        return json.loads(finished.read_text(encoding="utf-8"))
+    if rank == 0:
+        open_run(folder, args.resume and state is not None, describe_run(args, {"data": sha256}))
+    state = state or {"script": SCRIPT, "settings": settings, "partial": None, "seconds": 0.0}
+    earlier = state["seconds"]
+
+    def save(partial: dict) -> None:
+        state["partial"], state["seconds"] = partial, earlier + time.monotonic() - begin
+        if rank == 0:
+            with atomic(checkpoint) as temporary:
+                torch.save(state, temporary)
+
+    if state["partial"]:
+        model = build_model(state | state["partial"], "model")
+    else:
+        start = principal_components(images.train, args.latent_dim)
+        seed_all(args.seed)
+        model = VAE(start, args.prior == "learned").to(memory_format=torch.channels_last)
+    model = model.to(device)
+    steps = args.epochs * math.ceil(len(images.train) / args.batch_size)
+    quiet = None if rank == 0 else True
+    with tqdm(total=steps, desc=f"λ = {kl_weight:g}", unit="batch", disable=quiet, leave=False) as bar:
+        average, history = train(model, images, args, kl_weight, state["partial"], save, bar)
+
+    metrics: dict = {}
+    for name in ("train", "validation", "test"):
+        part = getattr(images, name)
+        scores = evaluate(average, part[: len(images.test)], args.seed)
+        for key in ("neg_elbo", "reconstruction", "kl"):
+            metrics.setdefault(key, {})[name] = scores[key]
+    metrics |= {key: scores[key] for key in ("bits_per_dim", "psnr_db")}
+    metrics |= score_posterior(average, images.test, scores, args)
+    metrics |= {"lambda": kl_weight, "epochs": args.epochs, "latent_dim": args.latent_dim,
+                "parameters": count_parameters(model), "seconds": earlier + time.monotonic() - begin}  # fmt: skip
+    if rank == 0:
+        leave_results(folder, average, images.test, scores, history, args, kl_weight)
+        state |= {"partial": None, "average": average.cpu().state_dict(), "seconds": metrics["seconds"]}
+        with atomic(checkpoint) as temporary:
+            torch.save(state, temporary)
+        write_json(finished, metrics)
+        print(f"λ = {kl_weight:g}     -ELBO {metrics['neg_elbo']['test']:.2f} nats on {len(images.test)} test images "
+              f"(training images {metrics['neg_elbo']['train']:.2f}): reconstruction "
+              f"{metrics['reconstruction']['test']:.2f}, KL {metrics['kl']['test']:.2f}")  # fmt: skip
+        print(f"          {metrics['bits_per_dim']:.3f} bits/dim, {metrics['psnr_db']:.2f} dB, "
+              f"{metrics['active_units']} of {args.latent_dim} units active, {metrics['seconds']:.0f} s")  # fmt: skip
+        print(f"wrote     figures, metrics.json and the model in {folder}/")
+    return metrics
+
+
+def leave_results(
+    folder: Path, model: VAE, test: torch.Tensor, scores: dict, history: list[dict], args: argparse.Namespace,
+    kl_weight: float,
+) -> None:  # fmt: skip
+    """history.csv and every figure of one run."""
+    with atomic(folder / "history.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
+    report = describe_posterior(model, scores["mu"], scores["logvar"])
+    chosen, rows = args.image % len(test), min(8, len(test) // 2)
+    real = to_bytes(to_pixels(test))  # as the model sees them: binary where LEVELS is 2
+    plot_learning_curve(folder / "learning-curve.png", history, kl_weight)
+    plot_pair(folder / "reconstructions.png", real, scores["reconstructed"], ("real", "reconstructed"))
+    figure = new_figure(5, 5.2)
+    show(figure.subplots(), tile(draw_samples(model, 100, args.seed), 10), f"p(x|z), z from the {args.prior} prior")
+    save_figure(figure, folder / "samples.png")
+    plot_interpolation(folder / "interpolation.png", real, interpolate(model, scores["mu"], rows), rows)
+    plot_posterior(folder / "posterior.png", real[chosen], scores["reconstructed"][chosen], report["mean_u"][chosen],
+                   report["var_u"][chosen])  # fmt: skip
+    plot_collapse(folder / "posterior-collapse.png", report)
+
+
+def compare(args: argparse.Namespace, images: Split, metrics: list[dict]) -> None:
+    """sweep.csv and the two figures that set the λs beside each other."""
+    device = pick_device(args.device)
+    folders = [args.out / f"lambda-{value:g}" for value in args.kl_weight]
+    models = [load_finished(folder, device)[0] for folder in folders]
+    columns = ("reconstruction", "kl", "neg_elbo")
+    table = [
+        {"lambda": value, **{key: row[key]["test"] for key in columns}}
+        | {key: row[key] for key in ("iwae", "bits_per_dim", "psnr_db", "active_units", "mutual_information", "epochs")}
+        for value, row in zip(args.kl_weight, metrics, strict=True)
+    ]
+    with atomic(args.out / "sweep.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    plot_sweep(args.out, table, models, to_bytes(to_pixels(images.test)), args)
+    print("     λ  reconstruction       KL    -ELBO  active units")
+    for row in table:
+        print(f"{row['lambda']:6g}  {row['reconstruction']:14.2f} {row['kl']:8.2f} {row['neg_elbo']:8.2f} "
+              f"{row['active_units']:13d}")  # fmt: skip
+    print(f"wrote     {args.out}/lambda-sheet.png, rate-distortion.png, sweep.csv")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the command line `argv` and return the final metrics; of a sweep, by λ."""
+    args = parse_args(argv)
+    catch_signals()
+    try:
+        folder = args.out / f"lambda-{args.kl_weight[0]:g}"
+        if args.evaluate is not None:
+            return evaluate_file(args, folder)
+        if args.sample is not None:
+            return sample(args, folder)
+        path = find_data(args.data)
+        print(f"data      {path}" + (f", the bundled sample. {SOURCE}" if path.parent.name == "sample" else ""))
+        pixels, sha256 = load_images(path, args.out)
+        images = split_images(pixels, args.seed, args.limit)
+        start_processes(pick_device(args.device))
+        metrics = [run(args, images, sha256, value) for value in args.kl_weight]
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        if len(metrics) > 1 and rank == 0:
+            compare(args, images, metrics)
+        if rank == 0:
+            print(
+                f"next      python {Path(__file__).name} --sample 100 --out {args.out} --lambda {args.kl_weight[0]:g}"
+            )
+        return (
+            {f"{value:g}": row for value, row in zip(args.kl_weight, metrics, strict=True)}
+            if metrics[1:]
+            else metrics[0]
+        )
+    except KeyboardInterrupt:
+        number = stop_signals[0] if stop_signals else signal.SIGINT
+        words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
+        print(f"stopped   saved; go on with: {shlex.join(['python', sys.argv[0], *words, '--resume'])}")
+        raise SystemExit(128 + number) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        while held_locks:
+            os.close(held_locks.pop())
+
+
+if __name__ == "__main__":
+    main()
