@@ -356,7 +356,7 @@ def to_pixels(images: torch.Tensor) -> torch.Tensor:
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Warp each of the images (B, C, H, W) by a random affine map within the bounds that the constants set.
 
-    Values stay grey, 0 to 255, so that what is made binary afterwards has no blurred edges.
+    Values stay whole, 0 to 255, so that what is made binary afterwards has no blurred edges.
     """
     count = len(images)
 
@@ -369,23 +369,25 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     left = torch.stack([angle.cos() * across, (shear * angle.cos() - angle.sin()) * down, draw(SHIFT)], -1)
     right = torch.stack([angle.sin() * across, (shear * angle.sin() + angle.cos()) * down, draw(SHIFT)], -1)
     grid = F.affine_grid(torch.stack([left, right], 1), list(images.shape), align_corners=False)
-    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).round()
 
 
 class Components(NamedTuple):
-    """Probabilistic PCA of the training images, from which a model starts; k directions in D pixels."""
+    """The best linear VAE for the training images at one λ, from which a model starts; k directions in D pixels."""
 
     mean: torch.Tensor  # (D,)
     directions: torch.Tensor  # (k, D)
-    variances: torch.Tensor  # (k,) of the data along each direction, the noise included
-    noise: torch.Tensor  # () variance of a pixel along the other D - k directions
+    variances: torch.Tensor  # (k,) of the data along each direction, at least `noise`
+    noise: torch.Tensor  # () λσ²: a direction that varies less is not worth its KL
+    sigma: torch.Tensor  # () of p(x|z)
 
 
-def principal_components(images: torch.Tensor, count: int) -> Components:
-    """The maximum-likelihood linear Gaussian model (Tipping and Bishop 1999, eqs. 7 and 8), from 8,192 images at most.
+def principal_components(images: torch.Tensor, count: int, kl_weight: float) -> Components:
+    """Principal components of 8,192 images at most, with the σ that makes them the linear VAE's optimum.
 
-    A linear VAE with one σ has its optimum there (Lucas et al. 2019, theorem 1), so no gradient need look for it. Where
-    there are fewer images than `count` directions, the rest carry noise only.
+    At λ = 1 that is probabilistic PCA (Tipping and Bishop 1999, eqs. 7 and 8; Lucas et al. 2019, theorem 1). At any λ
+    it is reverse water-filling (Cover and Thomas 2006, theorem 10.3.3): the error left along a direction is its
+    variance or λσ², whichever is less, and Dσ² is the sum of these errors. Fewer images give fewer directions.
     """
     chosen = images[torch.randperm(len(images), generator=seed_all(len(images)))[:8192]]
     x = to_pixels(chosen).flatten(1)  # (n, D)
@@ -393,10 +395,14 @@ def principal_components(images: torch.Tensor, count: int) -> Components:
     x -= mean
     found = min(count, len(x) - 1)
     _, s, directions = torch.svd_lowrank(x, min(found + 32, *x.shape), niter=2)
-    variances = s[:found].square() / len(x)
-    noise = ((x.square().sum() / len(x) - variances.sum()) / (x.shape[1] - found)).clamp_min(1e-4)
-    variances = F.pad(variances, (0, count - found)).maximum(noise)
-    return Components(mean, F.pad(directions.T[:found], (0, 0, 0, count - found)), variances, noise)
+    directions = F.pad(directions.T[:found], (0, 0, 0, count - found)).contiguous()  # (k, D)
+    variances = F.pad(s[:found].square() / len(x), (0, count - found))
+    rest = x.square().sum() / len(x) - variances.sum()
+    square = rest / x.shape[1]  # σ²: grows from the least that it can be
+    for _ in range(1000):
+        square = ((rest + variances.clamp(max=kl_weight * square).sum()) / x.shape[1]).clamp_min(1e-6)
+    noise = (kl_weight * square).clamp_min(1e-6)
+    return Components(mean, directions, variances.maximum(noise), noise, square.sqrt())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -828,8 +834,9 @@ def plot_posterior(path: Path, image: torch.Tensor, again: torch.Tensor, mean_u,
         panel = figure.add_subplot(layout[row, 1])
         panel.bar(range(len(order)), values[order], width=1.0)
         panel.axhline(prior, color="tab:red", linewidth=1, label=f"prior: {prior:g}")
+        panel.set_yscale("log" if name == "variance" else "linear")
         panel.set_ylabel(f"{name} of q(u|x)")
-        panel.legend(loc="upper left")
+        panel.legend(loc="lower right")
     panel.set_xlabel("dimension of u, by variance")
     save_figure(figure, path)
 
@@ -846,7 +853,9 @@ def plot_collapse(path: Path, report: dict) -> None:
     nats.set_ylabel("KL of the marginal (nats)")
     fit.semilogy(report["aggregate_eigenvalues"].flip(0).clamp_min(1e-8), label="eigenvalues of its covariance")
     fit.plot(report["aggregate_mean"].abs().sort(descending=True).values.clamp_min(1e-8), label="|mean|")
-    fit.axhline(1.0, color="tab:red", linewidth=1, label="prior: covariance 1, mean 0")
+    count, reach = len(report["mean_u"]), math.sqrt(len(report["aggregate_mean"]) / len(report["mean_u"]))
+    fit.axhspan(max(1e-3, 1 - reach) ** 2, (1 + reach) ** 2, color="tab:red", alpha=0.15, linewidth=0,
+                label=f"eigenvalues of {count} draws from the prior")  # fmt: skip
     fit.set_ylabel("aggregate posterior")
     for panel in (spread, nats, fit):
         panel.set_xlabel("dimension of u, sorted")
@@ -875,6 +884,7 @@ def plot_sweep(
             panel.bar(range(len(order)), report[key][chosen][order], width=1.0)
             panel.axhline(prior, color="tab:red", linewidth=1)
             panel.set_ylabel("mean of q(u|x)" if prior == 0 else "variance of q(u|x)", fontsize=8)
+        column[5].set_yscale("log")
         column[5].set_xlabel(f"dimension, test image {chosen}", fontsize=8)
     save_figure(figure, folder / "lambda-sheet.png")
 
@@ -897,7 +907,7 @@ def plot_sweep(
 def build_model(state: dict, key: str = "average") -> VAE:
     """The network that a checkpoint describes, with the weights that it holds under `key`."""
     count, pixels = state["settings"]["latent_dim"], math.prod(SHAPE)
-    blank = Components(torch.zeros(pixels), torch.zeros(count, pixels), torch.ones(count), torch.tensor(0.5))
+    blank = Components(torch.zeros(pixels), torch.zeros(count, pixels), torch.ones(count), *torch.ones(2))
     model = VAE(blank, state["settings"]["prior"] == "learned").to(memory_format=torch.channels_last)
     model.load_state_dict(state[key])
     return model.eval()
@@ -1004,7 +1014,7 @@ def run(args: argparse.Namespace, images: Split, sha256: str, kl_weight: float) 
     if state["partial"]:
         model = build_model(state | state["partial"], "model")
     else:
-        start = principal_components(images.train, args.latent_dim)
+        start = principal_components(images.train, args.latent_dim, kl_weight)
         seed_all(args.seed)
         model = VAE(start, args.prior == "learned").to(memory_format=torch.channels_last)
     model = model.to(device)
@@ -1096,9 +1106,9 @@ def main(argv: list[str] | None = None) -> dict:
             return sample(args, folder)
         path = find_data(args.data)
         print(f"data      {path}" + (f", the bundled sample. {SOURCE}" if path.parent.name == "sample" else ""))
+        start_processes(pick_device(args.device))
         pixels, sha256 = load_images(path, args.out)
         images = split_images(pixels, args.seed, args.limit)
-        start_processes(pick_device(args.device))
         metrics = [run(args, images, sha256, value) for value in args.kl_weight]
         rank = dist.get_rank() if dist.is_initialized() else 0
         if len(metrics) > 1 and rank == 0:
