@@ -1,0 +1,237 @@
+"""What the twin VAEs are worth: peers on the same images, their samples judged, and a training step's speed, in turn.
+
+    pip install -r bench/requirements.txt
+    python bench/vae.py speed   digits --data TibetanMNIST.npz
+    python bench/vae.py peers   digits --data TibetanMNIST.npz --seconds 300
+    python bench/vae.py samples digits --data TibetanMNIST.npz --out runs/vae_mnist
+    python bench/vae.py samples faces  --data anime-faces.zip --out runs/vae_anime --cascade lbpcascade_animeface.xml
+
+`samples` judges the finished run's draws from its prior: digits by a classifier trained here on the labels, faces by
+OpenCV's cascade for anime faces (https://github.com/nagadomi/lbpcascade_animeface). Each prints a table for the README.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import vae_anime  # noqa: E402
+import vae_mnist  # noqa: E402
+
+TWINS = {"digits": vae_mnist, "faces": vae_anime}
+
+
+def epoch_of_ours(t, split, args) -> None:
+    """One epoch of the script's own training loop."""
+    t.seed_all(0)
+    model = t.VAE(args.start, True).to(memory_format=torch.channels_last)
+    with t.tqdm(disable=True) as bar:
+        t.train(model, split, args, 1.0, None, lambda state: None, bar)
+
+
+def epoch_of_plain(t, split, args) -> None:
+    """The same network, warps and losses as a tutorial trains them: a DataLoader, float32, NCHW, Adam's default."""
+
+    class Items(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(split.train)
+
+        def __getitem__(self, i):
+            return split.train[i]
+
+    model, generator = t.VAE(args.start, True), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr)
+    for batch in DataLoader(Items(), args.batch_size, shuffle=True):
+        x = t.to_pixels(t.augment(batch, generator)).contiguous()
+        mu, logvar = model.encode(x)
+        z = t.reparameterize(mu, logvar, torch.randn_like(mu))
+        kl = t.kl_divergence(mu, logvar, model.prior_mean, model.whitener())
+        loss = (kl - t.log_prob(model.decoder(z), x)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), t.MAX_NORM)
+        optimizer.step()
+
+
+def speed(t, split, args) -> None:
+    """Images a second of one epoch, both sides in turn, the ratio of the medians."""
+    split = split._replace(train=split.train[: args.images], validation=split.validation[:1])
+    args.start = t.principal_components(split.train, args.latent_dim, 1.0)
+    args.epochs = 1
+    sides, seconds = {"plain": epoch_of_plain, t.SCRIPT: epoch_of_ours}, {}
+    for _ in range(args.rounds):
+        for name, side in sides.items():
+            begin = time.monotonic()
+            side(t, split, args)
+            seconds.setdefault(name, []).append(time.monotonic() - begin)
+    print(f"{torch.get_num_threads()} threads, {len(split.train)} images an epoch, {args.rounds} rounds in turn")
+    print("| training | images a second (median; range) | ratio |\n| --- | --- | --- |")
+    for name, measured in seconds.items():
+        low, middle, high = (len(split.train) / f(measured) for f in (max, statistics.median, min))
+        ratio = statistics.median(seconds["plain"]) / statistics.median(measured)
+        print(f"| {name} | {middle:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} |")
+
+
+class ExampleVAE(nn.Module):
+    """The multilayer perceptron of pytorch/examples: D-400-20-400-D; for faces, with one learned σ."""
+
+    def __init__(self, t):
+        super().__init__()
+        pixels = math.prod(t.SHAPE)
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 400), nn.ReLU(), nn.Linear(400, 40))
+        self.network = nn.Sequential(nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, pixels), nn.Unflatten(1, t.SHAPE))
+        self.log_sigma = nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, x):
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        logits = self.network(mu + (logvar / 2).exp() * torch.randn_like(mu))
+        kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+        return logits if len(x[0]) == 1 else (logits.sigmoid(), self.log_sigma), kl
+
+
+class PythaeVAE(nn.Module):
+    """pythae's convolutional VAE for 28 x 28 or 64 x 64 images, its losses replaced by ours so that nats compare."""
+
+    def __init__(self, t):
+        super().__init__()
+        from pythae.models import VAEConfig
+        from pythae.models.nn.benchmarks import celeba, mnist
+
+        config = VAEConfig(input_dim=t.SHAPE, latent_dim=min(t.LATENT_DIM, 256))
+        if t is vae_mnist:
+            self.encoder, self.decoder = mnist.Encoder_Conv_VAE_MNIST(config), mnist.Decoder_Conv_AE_MNIST(config)
+        else:
+            self.encoder, self.decoder = celeba.Encoder_Conv_VAE_CELEBA(config), celeba.Decoder_Conv_AE_CELEBA(config)
+        self.log_sigma = nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, x):
+        code = self.encoder(x)
+        mu, logvar = code.embedding, code.log_covariance
+        image = self.decoder(mu + (logvar / 2).exp() * torch.randn_like(mu)).reconstruction  # in [0, 1]
+        kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+        return image.clamp(1e-6, 1 - 1e-6).logit() if len(x[0]) == 1 else (image, self.log_sigma), kl
+
+
+def peers(t, split, args) -> None:
+    """Test -ELBO of each peer after --seconds of training, its best epoch chosen on validation images."""
+
+    def score(model, images) -> float:
+        with torch.no_grad():
+            total = 0.0
+            for batch in images.split(200):
+                x = t.to_pixels(batch)
+                params, kl = model(x)
+                total += (kl - t.log_prob(params, x)).sum().item()
+        return total / len(images)
+
+    print("| model | parameters | epochs | test -ELBO (nats) | bits/dim |\n| --- | --- | --- | --- | --- |")
+    for name, build in {"pytorch/examples' MLP": ExampleVAE, "pythae's convolutional VAE": PythaeVAE}.items():
+        t.seed_all(0)
+        model, epochs, best, test = build(t), 0, math.inf, math.inf
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        begin = time.monotonic()
+        while time.monotonic() < begin + args.seconds:
+            model.train()
+            for batch in torch.randperm(len(split.train)).split(64):
+                x = t.to_pixels(split.train[batch])
+                params, kl = model(x)
+                optimizer.zero_grad()
+                (kl - t.log_prob(params, x)).mean().backward()
+                optimizer.step()
+            epochs += 1
+            model.eval()
+            if (now := score(model, split.validation)) < best:
+                best, test = now, score(model, split.test)
+        bits = test / math.prod(t.SHAPE) / math.log(2) + t.BITS_OFFSET
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"| {name} | {parameters:,} | {epochs} | {test:.2f} | {bits:.3f} |", flush=True)
+
+
+def judge_digits(t, split, args, draws: torch.Tensor) -> None:
+    """Share of draws that a classifier tells with confidence .9, and how often each digit comes."""
+    labels = torch.from_numpy(np.load(args.data, allow_pickle=False)["label"])
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))  # as split_images deals
+    tenth = len(labels) // 10
+    test, train = order[:tenth], order[2 * tenth :]
+    images, _ = t.load_images(args.data, args.out)
+    t.seed_all(0)
+    classifier = nn.Sequential(
+        nn.Conv2d(1, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, 2, 1),
+        nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, 10),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=2e-3)
+    for epoch in range(12):
+        for batch in train[torch.randperm(len(train))].split(64):
+            x = t.to_pixels(t.augment(images[batch], t.seed_all(epoch, int(batch[0]))))
+            loss = F.cross_entropy(classifier(x), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    classifier.eval()
+    with torch.no_grad():
+        right = (classifier(t.to_pixels(images[test])).argmax(1) == labels[test]).float().mean()
+        confidence, digit = classifier(t.to_pixels(draws)).softmax(1).max(1)
+    share = torch.bincount(digit, minlength=10) / len(draws) / (torch.bincount(labels, minlength=10) / len(labels))
+    print(f"classifier right on {right:.4f} of {len(test)} held-out digits")
+    print(f"{(confidence >= 0.9).float().mean():.3f} of {len(draws)} samples told with confidence .9 or more")
+    print("frequency of each digit over that in the data: " + " ".join(f"{value:.2f}" for value in share))
+
+
+def judge_faces(t, split, args, draws: torch.Tensor) -> None:
+    """Share with a face, sharpness (variance of the Laplacian) and spread (mean pairwise distance)."""
+    import cv2
+
+    cascade = cv2.CascadeClassifier(str(args.cascade))
+    model, settings = t.load_finished(args.out / f"lambda-{args.kl_weight:g}", torch.device("cpu"))
+    again = t.evaluate(model, split.test, settings["seed"])["reconstructed"]
+    print("| images | face | sharpness | spread |\n| --- | --- | --- | --- |")
+    for name, images in {"real, held out": split.test, "reconstructed": again, "samples": draws}.items():
+        found, sharp = 0, []
+        for image in t.channels_last_array(images):
+            grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+            sharp.append(cv2.Laplacian(grey, cv2.CV_64F).var())
+            boxes = cascade.detectMultiScale(cv2.equalizeHist(grey), scaleFactor=1.05, minNeighbors=3, minSize=(24, 24))
+            found += len(boxes) > 0
+        flat = images[:500].flatten(1).float() / 255
+        spread = torch.pdist(flat).mean()
+        print(f"| {name} ({len(images)}) | {found / len(images):.3f} | {np.mean(sharp):.0f} | {spread:.1f} |")
+
+
+def samples(t, split, args) -> None:
+    """Judge --count draws from the finished run's prior."""
+    model, settings = t.load_finished(args.out / f"lambda-{args.kl_weight:g}", torch.device("cpu"))
+    draws = t.draw_samples(model, args.count, settings["seed"])
+    (judge_digits if t is vae_mnist else judge_faces)(t, split, args, draws)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=("speed", "peers", "samples"))
+    parser.add_argument("kind", choices=tuple(TWINS))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the script's --out, for samples")
+    parser.add_argument("--lambda", type=float, default=1.0, dest="kl_weight")
+    parser.add_argument("--count", type=int, default=1000, help="samples to judge")
+    parser.add_argument("--cascade", type=Path, help="lbpcascade_animeface.xml")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of training for each peer")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=2000, help="an epoch of the speed comparison")
+    own = parser.parse_args()
+    t = TWINS[own.kind]
+    args = argparse.Namespace(**vars(t.parse_args([])) | vars(own))
+    args.out = own.out or Path("runs") / t.SCRIPT
+    images, _ = t.load_images(args.data, args.out)
+    {"speed": speed, "peers": peers, "samples": samples}[own.what](t, t.split_images(images, 0, None), args)
+
+
+if __name__ == "__main__":
+    main()
