@@ -1122,12 +1122,11 @@ def compare_tokenizers(args: argparse.Namespace, news: News) -> dict:
     import pandas as pd
 
     folder = args.out / "tokenizers"
-    example = min(news.texts, key=lambda text: abs(len(text) - 120))
-    table, shown = [], {}
+    table, tokens = [], {}
     for name in TOKENIZERS:
         tokenize = make_tokenizer(name)
         begin = time.monotonic()
-        texts = [tokenize(text) for text in news.texts]
+        texts = tokens[name] = [tokenize(text) for text in news.texts]
         seconds = time.monotonic() - begin
         print(f"\n{name}")
         own = argparse.Namespace(**vars(args) | {"tokenizer": name})
@@ -1146,11 +1145,15 @@ def compare_tokenizers(args: argparse.Namespace, news: News) -> dict:
                 "oof_accuracy_se": metrics["oof_accuracy_se"],
             }
         )
-        shown[name] = tokenize(example)
     frame = pd.DataFrame(table)
     with atomic(folder / "tokenizers.csv") as temporary:
         frame.to_csv(temporary, index=False, float_format="%.4f")
-    plot_tokenizers(folder / "tokenizers.png", frame, shown)
+    short = [row for row, text in enumerate(news.texts) if len(text) <= 200] or [0]
+    ways = {row: {token for texts in tokens.values() for token in texts[row]} for row in short}
+    telling = max(
+        short, key=lambda row: len(ways[row]) - len(set(tokens["basic_english"][row]))
+    )  # they differ most there
+    plot_tokenizers(folder / "tokenizers.png", frame, {name: texts[telling] for name, texts in tokens.items()})
     print(f"\n{frame.to_string(index=False, float_format='%.4f')}\nwrote     {folder}/tokenizers.csv, tokenizers.png")
     return {row["tokenizer"]: row for row in table}
 

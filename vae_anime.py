@@ -65,7 +65,7 @@ SHAPE = (3, 64, 64)  # channels, rows, columns
 LEVELS = 256  # every value of a byte
 LATENT_DIM = 512
 WIDTH = 32  # channels at 16 x 16; twice as many at 8 x 8
-EPOCHS = 15
+EPOCHS = 10
 LEARNING_RATE = 1e-3
 LINEAR_PACE = 0.1  # the linear maps' weights move this much slower: they start near their optimum
 WARMUP = 0.0  # epochs
@@ -103,7 +103,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--latent-dim", type=positive, default=LATENT_DIM, help="dimensions of z")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive, default=EPOCHS, help="passes over the training images")
-    add("--batch-size", type=positive, default=64, help="images a step, over all processes")
+    add("--batch-size", type=positive, default=32, help="images a step, over all processes")
     add("--lr", type=positive_float, default=LEARNING_RATE, help="peak learning rate of Adam")
     add = parser.add_argument_group("scores and figures").add_argument
     add("--image", type=not_negative_int, default=0, metavar="N", help="test image whose posterior is shown")
