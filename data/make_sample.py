@@ -3,9 +3,9 @@
     TibetanMNIST.npz   1,000 grey 28x28 pictures of the Tibetan digits U+0F20..U+0F29 and their labels, 100 of each
     anime-faces.zip    400 drawn 64x64 colour faces, data/0.jpg ... data/399.jpg
 
-Both have the names and the format of the real data sets and none of their pictures: all are drawn here, from the control
-points below and a fixed seed. No font is used. How the digits are written, and how large, follows the real ones by eye.
-What a model learns from these files says that the program works, not how good it is.
+Both have the names and the format of the real data sets and none of their pictures: all are drawn here, from the
+control points below and a fixed seed. No font is used. How the digits are written, and how large, follows the real ones
+by eye. What a model learns from these files says that the program works, not how good it is.
 
 A shape is a short text of control points "x,y", in percent of a unit, with y pointing down. A smooth curve runs through
 the points; "!" after a point makes a sharp corner there. The same versions of numpy and Pillow write the same bytes.
