@@ -5,7 +5,7 @@ trained to raise a lower bound of the log likelihood (Kingma and Welling 2014, e
 
     log p(x) >= E q(z|x) [log p(x|z)] - KL(q(z|x) || p(z))           loss = reconstruction + λ KL, nats per image
 
-The prior p(z) is a Gaussian with learned mean and full covariance; --prior normal makes it N(0, I).
+The prior p(z) is a mixture of 20 Gaussians with full covariance, learned too; --prior normal makes it N(0, I).
 
     python vae_mnist.py                      data/TibetanMNIST.npz beside the script, else the bundled sample
     python vae_mnist.py --lambda 0 1 50 100  one model a λ, side by side
@@ -62,6 +62,7 @@ SHAPE = (1, 28, 28)  # channels, rows, columns
 LEVELS = 2  # grey is made binary at 128
 LATENT_DIM = 32
 WIDTH = 24  # channels at 14 x 14; twice as many at 7 x 7
+COMPONENTS = 20  # Gaussians in the learned prior; the digits come in clusters
 EPOCHS = 48
 LEARNING_RATE = 2e-3
 WARMUP = 2.0  # epochs
@@ -94,7 +95,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--lambda", type=not_negative, nargs="+", default=[1.0], dest="kl_weight", metavar="λ", help="weight of the KL "
         "in the training loss; several values train one model each and compare them")
     add("--warmup", type=not_negative, default=WARMUP, metavar="EPOCHS", help="λ grows from 0 in the first epochs")
-    add("--prior", choices=("learned", "normal"), default="learned", help="p(z): a Gaussian with learned mean and full "
+    add("--prior", choices=("learned", "normal"), default="learned", help="p(z): learned Gaussians with full "
         "covariance, or N(0, I)")
     add("--latent-dim", type=positive, default=LATENT_DIM, help="dimensions of z")
     add = parser.add_argument_group("training").add_argument
@@ -455,32 +456,39 @@ class Decoder(nn.Module):
         return self.base + self.network(z)
 
 
-class VAE(nn.Module):
-    """q(z|x) = N(μ(x), diag σ²(x)), p(x|z) from the decoder, and the prior p(z) = N(m, (AᵀA)⁻¹).
+class Prior(NamedTuple):
+    """p(z) = Σ w N(m, (AᵀA)⁻¹) over K Gaussians; each A is lower triangular with a positive diagonal."""
 
-    A is lower triangular with a positive diagonal. u = A (z - m) is N(0, I) under the prior: these whitened coordinates
-    are what figures and active units are measured in. With `learned_prior` false, A = I and m = 0.
+    log_weights: torch.Tensor  # (K,)
+    mean: torch.Tensor  # (K, k)
+    A: torch.Tensor  # (K, k, k)
+
+
+class VAE(nn.Module):
+    """q(z|x) = N(μ(x), diag σ²(x)), p(x|z) from the decoder, and a prior p(z): COMPONENTS Gaussians learned with them.
+
+    A learned prior goes where the codes are, so that draws from it are codes of something. With `learned_prior` false
+    it is N(0, I).
     """
 
     def __init__(self, start: Components, learned_prior: bool):
         super().__init__()
-        count = len(start.variances)
+        count, components = len(start.variances), COMPONENTS if learned_prior else 1
         self.encoder, self.decoder = Encoder(start), Decoder(start)
-        self.prior_mean = nn.Parameter(torch.zeros(count), requires_grad=learned_prior)  # m
-        self.prior_factor = nn.Parameter(torch.zeros(count, count), requires_grad=learned_prior)  # diagonal: log of A's
+        self.prior_logits = nn.Parameter(torch.zeros(components), requires_grad=learned_prior)
+        apart = torch.randn(components, count) if components > 1 else torch.zeros(1, count)
+        self.prior_mean = nn.Parameter(apart, requires_grad=learned_prior)
+        self.prior_factor = nn.Parameter(torch.zeros(components, count, count), requires_grad=learned_prior)
 
-    def whitener(self) -> torch.Tensor:
-        """A, (k, k)."""
-        return self.prior_factor.tril(-1) + self.prior_factor.diagonal().exp().diag()
+    def prior(self) -> Prior:
+        """p(z); the diagonals of `prior_factor` hold the logarithms of A's."""
+        A = self.prior_factor.tril(-1) + self.prior_factor.diagonal(dim1=1, dim2=2).exp().diag_embed()
+        return Prior(self.prior_logits.log_softmax(0), self.prior_mean, A)
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, C, H, W) in [0, 1] -> mu and logvar of q(z|x), (B, k) each, in float32."""
         mu, logvar = self.encoder(x)
         return mu.float(), logvar.float().clamp(-20.0, 10.0)  # at λ = 0 nothing else keeps σ from 0
-
-    def from_white(self, u: torch.Tensor) -> torch.Tensor:
-        """u (B, k) -> z = m + A⁻¹u: a draw from the prior where u is one from N(0, I)."""
-        return self.prior_mean + torch.linalg.solve_triangular(self.whitener(), u.T, upper=False).T
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -507,21 +515,49 @@ def reparameterize(mu: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) 
     return mu + (0.5 * logvar).exp() * noise
 
 
-def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor, prior_mean: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """KL(N(μ, diag σ²) ‖ N(m, (AᵀA)⁻¹)) of each item, (B, k) -> (B,).
+def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor, prior: Prior) -> torch.Tensor:
+    """KL(N(μ, diag σ²) ‖ p(z)) of each item, (B, k) -> (B,); of a mixture an upper bound, so the ELBO stays a bound.
 
-    ½ (‖A (μ - m)‖² + tr(A diag σ² Aᵀ) - k - Σ ln σ²) - ln det A; with A = I and m = 0 it is Kingma and Welling's
-    appendix B.
+    To one Gaussian ½ (‖A (μ - m)‖² + tr(A diag σ² Aᵀ) - k - Σ ln σ²) - ln det A; to N(0, I) that is appendix B of
+    Kingma and Welling. To a mixture -ln Σ w exp(-KL to each), since ln Σ exp is convex (Jensen's inequality).
     """
-    distance = ((mu - prior_mean) @ A.T).square().sum(-1) + logvar.exp() @ A.square().sum(0)
-    return 0.5 * (distance - mu.shape[-1] - logvar.sum(-1)) - A.diagonal().log().sum()
+    distance = torch.einsum("bjd,jed->bje", mu[:, None] - prior.mean, prior.A).square().sum(-1)  # (B, K)
+    trace = logvar.exp() @ prior.A.square().sum(1).T  # (B, K)
+    log_det = prior.A.diagonal(dim1=1, dim2=2).log().sum(-1)  # (K,)
+    kl = 0.5 * (distance + trace - mu.shape[1] - logvar.sum(-1, keepdim=True)) - log_det
+    return -(prior.log_weights - kl).logsumexp(1)
+
+
+def log_density(z: torch.Tensor, prior: Prior) -> torch.Tensor:
+    """ln p(z) + k/2 ln 2π of codes z (B, k) -> (B,)."""
+    square = torch.einsum("bjd,jed->bje", z[:, None] - prior.mean, prior.A).square().sum(-1)  # (B, K)
+    return (prior.log_weights + prior.A.diagonal(dim1=1, dim2=2).log().sum(-1) - 0.5 * square).logsumexp(1)
+
+
+def sample_prior(prior: Prior, count: int, generator: torch.Generator) -> torch.Tensor:
+    """`count` codes (count, k) from p(z): a component by its weight, then m + A⁻¹ε."""
+    component = torch.multinomial(prior.log_weights.exp().cpu(), count, replacement=True, generator=generator)
+    z = torch.randn(count, prior.mean.shape[1], generator=generator).to(prior.mean.device)
+    for j, (mean_z, A) in enumerate(zip(prior.mean, prior.A, strict=True)):
+        z[component == j] = mean_z + torch.linalg.solve_triangular(A, z[component == j].T, upper=False).T
+    return z
+
+
+def whitening(prior: Prior) -> tuple[torch.Tensor, torch.Tensor]:
+    """m (k,) and A (k, k) such that u = A (z - m) has mean 0 and covariance I under p(z)."""
+    weights = prior.log_weights.exp()
+    m = weights @ prior.mean
+    spread = torch.linalg.inv(prior.A)  # (K, k, k)
+    between = (prior.mean - m) * weights[:, None].sqrt()
+    covariance = torch.einsum("j,jde,jfe->df", weights, spread, spread) + between.T @ between
+    return m, torch.linalg.inv(torch.linalg.cholesky(covariance))
 
 
 def elbo_terms(model: VAE, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Reconstruction -log p(x|z) and KL, (B,) each; ELBO = -(reconstruction + KL). One z an image, from `noise`."""
     with autocast(x.device):
         mu, logvar = model.encode(x)
-    kl = kl_divergence(mu, logvar, model.prior_mean, model.whitener())
+    kl = kl_divergence(mu, logvar, model.prior())
     with autocast(x.device):
         params = model.decoder(reparameterize(mu, logvar, noise))
     return -log_prob(params, x), kl
@@ -531,13 +567,12 @@ def elbo_terms(model: VAE, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.
 def iwae_bound(model: VAE, x: torch.Tensor, samples: int, generator: torch.Generator) -> torch.Tensor:
     """log 1/K Σ p(x|z) p(z) / q(z|x) of one image x (1, C, H, W), z from q (Burda et al. 2016, eq. 8)."""
     mu, logvar = model.encode(x)
-    A, weights = model.whitener(), []
+    prior, weights = model.prior(), []
     for start in range(0, samples, 256):  # so many decoded images fit any memory
         noise = torch.randn(min(256, samples - start), mu.shape[1], generator=generator).to(x.device)
         z = reparameterize(mu, logvar, noise)
-        log_prior = A.diagonal().log().sum() - 0.5 * ((z - model.prior_mean) @ A.T).square().sum(1)
-        log_q = -0.5 * (noise.square() + logvar).sum(1)  # both without the k/2 ln 2π, which cancels
-        weights.append(log_prob(model.decoder(z), x) + log_prior - log_q)
+        log_q = -0.5 * (noise.square() + logvar).sum(1)  # like log_density without k/2 ln 2π, which cancels
+        weights.append(log_prob(model.decoder(z), x) + log_density(z, prior) - log_q)
     return torch.cat(weights).logsumexp(0) - math.log(samples)
 
 
@@ -610,7 +645,7 @@ def train(
 
             mine = slice(rank, None, world) if rank < len(batch) else slice(0, 1)  # this process's share
             weight = (rank < len(batch)) / len(batch)  # 0 where a small last batch left it none
-            noise = torch.randn(len(batch), len(model.prior_mean), generator=generator)[mine].to(device)
+            noise = torch.randn(len(batch), model.prior_mean.shape[1], generator=generator)[mine].to(device)
             x = to_pixels(augment(images.train[batch], generator)[mine].to(device))  # (B, C, H, W)
             reconstruction, kl = (term.sum() for term in elbo_terms(model, x, noise))
             optimizer.zero_grad()
@@ -681,7 +716,7 @@ def evaluate(model: VAE, images: torch.Tensor, seed: int) -> dict:
         z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=generator).to(device))
         params = model.decoder(z)
         reconstruction -= log_prob(params, x).sum().item()
-        kl += kl_divergence(mu, logvar, model.prior_mean, model.whitener()).sum().item()
+        kl += kl_divergence(mu, logvar, model.prior()).sum().item()
         error += (mean(params).clamp(0, 1) - x).square().sum().item()
         posteriors.append(torch.cat([mu, logvar], 1).cpu())
         reconstructed.append(to_bytes(mean(params)))
@@ -699,31 +734,30 @@ def evaluate(model: VAE, images: torch.Tensor, seed: int) -> dict:
     }
 
 
+@torch.no_grad()
 def describe_posterior(model: VAE, mu: torch.Tensor, logvar: torch.Tensor) -> dict:
-    """How the posteriors (N, k) of N images fill the prior, in whitened coordinates u, where p(u) = N(0, I).
+    """How the posteriors (N, k) of N images fill the prior, in whitened coordinates u: mean 0, covariance I under p.
 
     A unit is active where the variance over images of its posterior mean is above 0.01 (Burda et al. 2016, section
-    5.2). The aggregate posterior q(u) is the mixture of all N; I(x; u) = mean KL(q(u|x) ‖ p) - KL(q(u) ‖ p) (Hoffman
-    and Johnson 2016, eq. 7), which N images, 2,000 at most here, can show up to ln N nats.
+    5.2). The aggregate posterior q(z) is the mixture of all N, and I(x; z) = E log q(z|x) / q(z) (Hoffman and Johnson
+    2016), which N images, 2,000 at most here, can show up to ln N nats.
     """
-    mu, logvar = mu[:2000], logvar[:2000]  # the mixture's density takes N² distances
+    mu, logvar = mu[:2000].double(), logvar[:2000].double()  # the mixture's density takes N² distances
     count = len(mu)
-    A, prior_mean = model.whitener().detach().cpu().double(), model.prior_mean.detach().cpu().double()
-    mu, logvar = mu.double(), logvar.double()
-    mean_u, var_u = (mu - prior_mean) @ A.T, logvar.exp() @ A.square().T  # (N, k), the marginals of q(u|x)
+    m, A = whitening(Prior(*(part.cpu().double() for part in model.prior())))
+    mean_u, var_u = (mu - m) @ A.T, logvar.exp() @ A.square().T  # (N, k), the marginals of q(u|x)
     covariance = A @ logvar.exp().mean(0).diag() @ A.T + mean_u.T.cov(correction=0)
-    z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=seed_all(count)).double())
-    precision = (-logvar).exp()
+    noise = torch.randn(mu.shape, generator=seed_all(count)).double()
+    z, precision = reparameterize(mu, logvar, noise), (-logvar).exp()
     square = z.square() @ precision.T - 2 * z @ (mu * precision).T + (mu.square() * precision).sum(1)
     log_mixture = (-0.5 * (square + logvar.sum(1))).logsumexp(1) - math.log(count)  # ln q(z) + k/2 ln 2π, (N,)
-    log_prior = A.diagonal().log().sum() - 0.5 * ((z - prior_mean) @ A.T).square().sum(1)
-    kl = kl_divergence(mu, logvar, prior_mean, A).mean()
+    log_q = -0.5 * (noise.square() + logvar).sum(1)
     return {
         "variance_of_mean": mean_u.var(0, correction=0),
         "kl_per_dimension": 0.5 * (mean_u.square() + var_u - 1 - var_u.log()).mean(0),
         "aggregate_mean": mean_u.mean(0),
         "aggregate_eigenvalues": torch.linalg.eigvalsh(covariance),
-        "mutual_information": (kl - (log_mixture - log_prior).mean()).item(),
+        "mutual_information": (log_q - log_mixture).mean().item(),
         "mean_u": mean_u,
         "var_u": var_u,
     }
@@ -802,8 +836,7 @@ def decode_mean(model: VAE, z: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def draw_samples(model: VAE, count: int, seed: int) -> torch.Tensor:
     """The mean of p(x|z) for z from the prior, uint8 (count, C, H, W); the same z in every epoch and at every λ."""
-    u = torch.randn(count, len(model.prior_mean), generator=seed_all(seed, count)).to(model.prior_mean.device)
-    return decode_mean(model, model.from_white(u))
+    return decode_mean(model, sample_prior(model.prior(), count, seed_all(seed, count)))
 
 
 def interpolate(model: VAE, mu: torch.Tensor, rows: int, steps: int = 10) -> torch.Tensor:
@@ -855,12 +888,12 @@ def plot_collapse(path: Path, report: dict) -> None:
     fit.plot(report["aggregate_mean"].abs().sort(descending=True).values.clamp_min(1e-8), label="|mean|")
     count, reach = len(report["mean_u"]), math.sqrt(len(report["aggregate_mean"]) / len(report["mean_u"]))
     fit.axhspan(max(1e-3, 1 - reach) ** 2, (1 + reach) ** 2, color="tab:red", alpha=0.15, linewidth=0,
-                label=f"eigenvalues of {count} draws from the prior")  # fmt: skip
+                label=f"eigenvalues of {count} prior draws")  # fmt: skip
     fit.set_ylabel("aggregate posterior")
     for panel in (spread, nats, fit):
         panel.set_xlabel("dimension of u, sorted")
     spread.legend()
-    fit.legend(fontsize=8)
+    fit.legend(fontsize=7, loc="lower left")
     save_figure(figure, path)
 
 
@@ -874,7 +907,7 @@ def plot_sweep(
     for column, (row, model) in zip(grid.T, zip(table, models, strict=True), strict=True):
         scores = evaluate(model, test, args.seed)
         report = describe_posterior(model, scores["mu"], scores["logvar"])
-        title = f"λ = {row['lambda']:g}\n{row['active_units']} active of {len(model.prior_mean)}"
+        title = f"λ = {row['lambda']:g}\n{row['active_units']} active of {model.prior_mean.shape[1]}"
         show(column[0], tile(test[:36], 6), f"{title}\nreal")
         show(column[1], tile(scores["reconstructed"][:36], 6), f"reconstructed, {row['psnr_db']:.1f} dB")
         show(column[2], tile(draw_samples(model, 36, args.seed), 6), "samples from the prior")

@@ -101,19 +101,56 @@ def tiny_start(twin, count=4):
 # mathematics ---------------------------------------------------------------------------------------------------------
 
 
+def random_prior(twin, components, count):
+    A = torch.randn(components, count, count).tril(-1) + torch.rand(components, count).add(0.5).diag_embed()
+    return twin.Prior(torch.randn(components).log_softmax(0), torch.randn(components, count), A)
+
+
+def torch_prior(prior):
+    gaussians = torch.distributions.MultivariateNormal(prior.mean, precision_matrix=prior.A.mT @ prior.A)
+    return torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=prior.log_weights), gaussians)
+
+
 @pytest.mark.parametrize("twin", TWINS)
 def test_kl_divergence_equals_torch_distributions(twin):
     torch.manual_seed(0)
-    mu, logvar, prior_mean = torch.randn(5, 6), torch.randn(5, 6), torch.randn(6)
-    A = torch.randn(6, 6).tril(-1) + torch.rand(6).add(0.5).diag()
+    mu, logvar, prior = torch.randn(5, 6), torch.randn(5, 6), random_prior(twin, 1, 6)
     q = torch.distributions.MultivariateNormal(mu, (logvar.exp()).diag_embed())
-    p = torch.distributions.MultivariateNormal(prior_mean, precision_matrix=A.T @ A)
-    expected = torch.distributions.kl_divergence(q, p)
-    torch.testing.assert_close(twin.kl_divergence(mu, logvar, prior_mean, A), expected, rtol=1e-4, atol=1e-4)
+    expected = torch.distributions.kl_divergence(q, torch_prior(prior).component_distribution)
+    torch.testing.assert_close(twin.kl_divergence(mu, logvar, prior), expected, rtol=1e-4, atol=1e-4)
     normal = torch.distributions.kl_divergence(
         torch.distributions.Normal(mu, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)
     ).sum(1)
-    torch.testing.assert_close(twin.kl_divergence(mu, logvar, torch.zeros(6), torch.eye(6)), normal)
+    plain = twin.VAE(tiny_start(twin, 6), False).prior()
+    torch.testing.assert_close(twin.kl_divergence(mu, logvar, plain), normal)
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_kl_to_a_mixture_is_an_upper_bound_and_tight_for_a_sharp_posterior(twin):
+    torch.manual_seed(0)
+    prior, mu = random_prior(twin, 4, 3), torch.randn(5, 3)
+    for logvar, close in ((torch.randn(5, 3), 4.0), (torch.full((5, 3), -12.0), 0.02)):
+        q = torch.distributions.Independent(torch.distributions.Normal(mu, (logvar / 2).exp()), 1)
+        z = q.sample((20_000,))
+        sampled = (q.log_prob(z) - torch_prior(prior).log_prob(z)).mean(0)
+        excess = twin.kl_divergence(mu, logvar, prior) - sampled
+        assert (excess > -0.05).all() and (excess < close).all()
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_log_density_and_draws_are_the_mixtures(twin):
+    torch.manual_seed(0)
+    prior, z = random_prior(twin, 3, 4), torch.randn(7, 4)
+    expected = torch_prior(prior).log_prob(z) + 2 * math.log(2 * math.pi)
+    torch.testing.assert_close(twin.log_density(z, prior), expected, rtol=1e-4, atol=1e-4)
+    draws = twin.sample_prior(prior, 300_000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(draws.mean(0), torch_prior(prior).mean, atol=0.05, rtol=0.02)
+    m, A = twin.whitening(prior)
+    white = (draws - m) @ A.T
+    torch.testing.assert_close(white.mean(0), torch.zeros(4), atol=0.02, rtol=0)
+    torch.testing.assert_close(white.T.cov(), torch.eye(4), atol=0.03, rtol=0)
+    alone = random_prior(twin, 1, 4)
+    torch.testing.assert_close(twin.whitening(alone)[1], alone.A[0], rtol=1e-3, atol=1e-4)
 
 
 def test_log_prob_equals_torch_distributions():
@@ -176,29 +213,19 @@ def test_start_at_a_weight_is_water_filling():
 def test_iwae_with_one_sample_is_the_elbo_and_grows_with_more(twin):
     model = twin.VAE(tiny_start(twin), True).eval()
     with torch.no_grad():
-        model.prior_mean.normal_(), model.prior_factor.normal_(0, 0.1)
+        model.prior_mean.fill_(0.3), model.prior_factor.normal_(0, 0.1)
+        model.prior_factor.copy_(model.prior_factor[:1].expand_as(model.prior_factor))  # the bound is exact there
     x = twin.to_pixels(torch.randint(0, 256, (1, *twin.SHAPE)))
     bounds = [twin.iwae_bound(model, x, 1, torch.Generator().manual_seed(i)).item() for i in range(400)]
     with torch.no_grad():
         mu, logvar = model.encode(x)
         z = twin.reparameterize(mu, logvar, torch.randn(400, 4))
         reconstruction = -twin.log_prob(model.decoder(z), x).mean()
-        elbo = -(reconstruction + twin.kl_divergence(mu, logvar, model.prior_mean, model.whitener())).item()
+        elbo = -(reconstruction + twin.kl_divergence(mu, logvar, model.prior())).item()
     spread = np.std(bounds) / 20
     assert abs(np.mean(bounds) - elbo) < 6 * spread + 1e-3 * abs(elbo)
     many = twin.iwae_bound(model, x, 300, torch.Generator().manual_seed(0)).item()
     assert many >= np.mean(bounds) - 1e-4 * abs(elbo)
-
-
-@pytest.mark.parametrize("twin", TWINS)
-def test_prior_draws_have_the_priors_moments(twin):
-    model = twin.VAE(tiny_start(twin), True)
-    with torch.no_grad():
-        model.prior_mean.normal_(), model.prior_factor.normal_(0, 0.3)
-        z = model.from_white(torch.randn(200_000, 4))
-        A = model.whitener()
-    torch.testing.assert_close(z.mean(0), model.prior_mean.detach(), atol=0.03, rtol=0)
-    torch.testing.assert_close(z.T.cov(), torch.linalg.inv(A.T @ A), atol=0.05, rtol=0.03)
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -217,7 +244,7 @@ def test_collapse_is_measured(twin):
 def test_kl_of_marginals_adds_up_where_the_prior_is_normal(twin):
     model, mu, logvar = twin.VAE(tiny_start(twin), False), torch.randn(50, 4), torch.randn(50, 4)
     report = twin.describe_posterior(model, mu, logvar)
-    total = twin.kl_divergence(mu, logvar, torch.zeros(4), torch.eye(4)).mean()
+    total = twin.kl_divergence(mu, logvar, model.prior()).mean()
     assert report["kl_per_dimension"].sum().item() == pytest.approx(total.item(), rel=1e-5)
 
 
