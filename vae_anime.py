@@ -987,7 +987,10 @@ def build_model(state: dict, key: str = "average") -> VAE:
     count, pixels = state["settings"]["latent_dim"], math.prod(SHAPE)
     blank = Components(torch.zeros(pixels), torch.zeros(count, pixels), torch.ones(count), *torch.ones(2))
     model = VAE(blank, state["settings"]["prior"] == "learned").to(memory_format=torch.channels_last)
-    model.load_state_dict(state[key])
+    try:
+        model.load_state_dict(state[key])
+    except RuntimeError:
+        fail(f"the checkpoint was trained by another version of {SCRIPT}.py. Train again without --resume")
     return model.eval()
 
 

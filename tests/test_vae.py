@@ -548,3 +548,17 @@ def test_bad_input_ends_with_one_line(here, capsys, case):
     assert re.search(message, error), error
     assert not list(Path(".").rglob("metrics.json"))
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_a_checkpoint_of_another_version_ends_with_one_line(twin, here, capsys):
+    run(twin)
+    path = folder_of(twin) / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    del state["average"]["prior_logits"]
+    torch.save(state, path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        twin.main(["--sample", "3"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and re.fullmatch(r"error: .* another version of vae_\w+\.py\. .*\n", error), error
