@@ -323,10 +323,8 @@ def read_rows(path: Path) -> tuple[list[list[str]], str]:
     rows = []
     try:
         for row in reader:
-            if rows and row and len(row) != len(rows[0]):
-                fail(
-                    f"{path}: line {reader.line_num} has {len(row)} fields, the first has {len(rows[0])}. Quote commas"
-                )
+            if rows and row and len(row) != (width := len(rows[0])):
+                fail(f"{path}: line {reader.line_num} has {len(row)} fields, the first has {width}. Quote commas")
             if row:  # csv gives [] for an empty line
                 rows.append(row)
     except csv.Error as error:
@@ -350,9 +348,8 @@ def read_table(path: Path):
 
     rows, sha256 = read_rows(path)
     if rows[0][0].strip().isdigit():
-        rows.insert(
-            0, ["class", "title", "description", *(f"text {i}" for i in range(3, len(rows[0])))][: len(rows[0])]
-        )
+        names = ["class", "title", "description", *(f"text {i}" for i in range(3, len(rows[0])))]
+        rows.insert(0, names[: len(rows[0])])
     if len(set(rows[0])) < len(rows[0]):
         fail(f"{path}: two columns have the same name: {', '.join(rows[0])}")
     if len(rows) == 1:
@@ -593,10 +590,8 @@ def prepare(args: argparse.Namespace, news: News, folder: Path) -> Inputs:
         fail(f"--vectors {source}: has none of the texts' words. Give vectors of their language, or --vectors none")
     stem = {word: EnglishStemmer().stem(re.sub(r"\d", "0", word)) for word in counts}  # 86-83 and 91-79 count as one
     stem_counts = Counter(stem[token] for text in texts for token in text)
-    kept = Counter(
-        {word: n for word, n in counts.items() if stem_counts[stem[word]] >= args.min_freq or word in vectors}
-    )
-    vocab = Vocab(kept, specials=["<pad>", "<unk>"])
+    kept = {word: n for word, n in counts.items() if stem_counts[stem[word]] >= args.min_freq or word in vectors}
+    vocab = Vocab(Counter(kept), specials=["<pad>", "<unk>"])
     number = {}
     roots = [PAD, UNK] + [number.setdefault(stem[word], len(number) + 2) for word in vocab.itos[2:]]
     coverage = None
@@ -606,9 +601,8 @@ def prepare(args: argparse.Namespace, news: News, folder: Path) -> Inputs:
             features[vocab.stoi[word]] = vector
         features /= features[features.any(1)].std()
         coverage = sum(counts[word] for word in vectors) / sum(counts.values())
-        print(
-            f"vectors   {Path(source).name}: {features.shape[1]} numbers a word, {coverage:.1%} of the tokens covered"
-        )
+        name, width = Path(source).name, features.shape[1]
+        print(f"vectors   {name}: {width} numbers a word, {coverage:.1%} of the tokens covered")
     else:
         features = cooccurrence_vectors([[stem[t] for t in text] for text in texts], number, LSA_WIDTH)[roots]
         print(f"vectors   none: {features.shape[1]} numbers a word from the texts' own co-occurrence")
@@ -861,10 +855,9 @@ def train_member(
                 save(snapshot())
                 raise KeyboardInterrupt
         else:  # the epoch ended without a break
-            history.append(
-                {"epoch": at["epoch"] + 1, "loss": at["nll"] / at["seen"], "accuracy": at["hits"] / at["seen"]}
-            )
-            at.update(epoch=at["epoch"] + 1, batch=0, nll=0.0, hits=0.0, seen=0)
+            epoch, seen = at["epoch"] + 1, at["seen"]
+            history.append({"epoch": epoch, "loss": at["nll"] / seen, "accuracy": at["hits"] / seen})
+            at.update(epoch=epoch, batch=0, nll=0.0, hits=0.0, seen=0)
             good = snapshot()
             save(good)
     return history
@@ -961,9 +954,8 @@ def plot_tokenizers(path: Path, frame, shown: dict[str, list[str]]) -> None:
     top.axis("off")
     for i, (name, words) in enumerate(shown.items()):
         text = textwrap.fill(" | ".join(words), 100)
-        top.text(
-            0, 1 - i / len(shown), f"{name}: {len(words)} tokens\n{text}", va="top", fontsize=9, family="monospace"
-        )
+        label = f"{name}: {len(words)} tokens\n{text}"
+        top.text(0, 1 - i / len(shown), label, va="top", fontsize=9, family="monospace")
     bottom.errorbar(frame["oof_accuracy"], frame["tokenizer"], xerr=frame["oof_accuracy_se"], fmt="o", capsize=4)
     bottom.set_xlabel("out-of-fold accuracy ± standard error")
     bottom.invert_yaxis()
@@ -1012,7 +1004,7 @@ def show_attention(folder: Path, news: News, inputs: Inputs, state: dict, oof: t
             _, attn = model(x, return_attn=True)
             looks = (attn.mean(1) * keep[:, :, None]).sum(
                 1
-            )  # (B, T): mean over heads, summed over the tokens that look
+            )  # (B, T): over heads the mean, over tokens that look the sum
             for row, words, shares in zip(batch, x.tolist(), looks.tolist(), strict=True):
                 for i in range(len(inputs.tokens[row])):
                     received.setdefault((int(predicted[row]), words[i]), []).append(shares[i])
@@ -1047,15 +1039,9 @@ def write_predictions(folder: Path, news: News, oof: torch.Tensor) -> None:
     import pandas as pd
 
     confidence, predicted = oof.max(-1)
-    frame = pd.DataFrame(
-        {
-            news.header[0]: news.ids,
-            "true": [news.classes[i] for i in news.labels],
-            "predicted": [news.classes[i] for i in predicted],
-            "confidence": confidence,
-            **{f"p({name})": oof[:, i] for i, name in enumerate(news.classes)},
-        }
-    )
+    frame = pd.DataFrame({news.header[0]: news.ids, "true": [news.classes[i] for i in news.labels]})
+    frame = frame.assign(predicted=[news.classes[i] for i in predicted], confidence=confidence)
+    frame = frame.assign(**{f"p({name})": oof[:, i] for i, name in enumerate(news.classes)})
     with atomic(folder / "oof_predictions.csv") as temporary:
         frame.to_csv(temporary, index=False, float_format="%.4f")
     wrong = frame.assign(text=news.texts)[frame["true"] != frame["predicted"]]
