@@ -1,8 +1,8 @@
 """Classify news texts with a Transformer encoder trained from scratch.
 
 Each text x of T words becomes vectors, one pre-norm encoder layer mixes them (Vaswani et al. 2017), and the mean over
-words gives the logits of p(y|x). Two dropout passes p1, p2 over the same batch are trained to agree (R-Drop, Liang et
-al. 2021):
+words gives the logits of p(y|x); to predict, a naive Bayes vote of the text's words is added to them. Two dropout
+passes p1, p2 over the same batch are trained to agree (R-Drop, Liang et al. 2021):
 
     loss = 1/2 (CE(p1, y) + CE(p2, y)) + r_drop * 1/2 (KL(p1 || p2) + KL(p2 || p1))      nats per text
 
@@ -11,7 +11,7 @@ al. 2021):
     python transformer.py --predict "your text"      with the trained model
 
 It leaves submission.csv where you stand, and figures, tables, metrics.json and the model in runs/transformer/. On the
-2,000 rows of the 2022 competition with GloVe 6B 100d: .8980 +- .0068 out of fold (two cores, float32, seed 0).
+2,000 rows of the 2022 competition with GloVe 6B 100d: .9025 ± .0066 out of fold (two cores, float32, seed 0, 70 s).
 """
 
 from __future__ import annotations

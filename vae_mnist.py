@@ -5,7 +5,7 @@ trained to raise a lower bound of the log likelihood (Kingma and Welling 2014, e
 
     log p(x) >= E q(z|x) [log p(x|z)] - KL(q(z|x) || p(z))           loss = reconstruction + λ KL, nats per image
 
-The prior p(z) is a mixture of 20 Gaussians with full covariance, learned too; --prior normal makes it N(0, I).
+The prior p(z) is a mixture of 64 Gaussians with full covariance, learned too; --prior normal makes it N(0, I).
 
     python vae_mnist.py                      data/TibetanMNIST.npz beside the script, else the bundled sample
     python vae_mnist.py --lambda 0 1 50 100  one model a λ, side by side
@@ -62,7 +62,7 @@ SHAPE = (1, 28, 28)  # channels, rows, columns
 LEVELS = 2  # grey is made binary at 128
 LATENT_DIM = 32
 WIDTH = 24  # channels at 14 x 14; twice as many at 7 x 7
-COMPONENTS = 20  # Gaussians in the learned prior; the digits come in clusters
+COMPONENTS = 64  # Gaussians in the learned prior; the digits come in clusters
 EPOCHS = 48
 LEARNING_RATE = 2e-3
 WARMUP = 2.0  # epochs
