@@ -15,7 +15,8 @@ makes it N(0, I).
     python vae_anime.py --sample 100         draw faces from the finished model
     python vae_anime.py --evaluate FILE      score it on other images
 
-Each λ leaves figures, metrics.json and the model in runs/vae_anime/lambda-<λ>/."""
+Each λ leaves figures, metrics.json and the model in runs/vae_anime/lambda-<λ>/.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ SHAPE = (3, 64, 64)  # channels, rows, columns
 LEVELS = 256  # every value of a byte
 LATENT_DIM = 512
 WIDTH = 32  # channels at 16 x 16; twice as many at 8 x 8
-COMPONENTS = 1  # Gaussians in the learned prior; the faces come in one cloud
+PRIOR_GAUSSIANS = 1  # Gaussians in the learned prior; the faces come in one cloud
 EPOCHS = 10
 LEARNING_RATE = 1e-3
 LINEAR_PACE = 0.1  # the linear maps' weights move this much slower: they start near their optimum
@@ -288,7 +289,7 @@ def find_data(given: Path | None) -> Path:
 
 
 def resize(images: list[np.ndarray]) -> np.ndarray:
-    """uint8 images (H, W[, C]) of any sizes -> (N, *SIZE[, C]), averaging over the pixels that fall together."""
+    """uint8 images (H, W[, C]) of any sizes -> (N, rows, columns[, C]) as in SHAPE, averaging over the pixels that fall together."""
     return np.stack([np.asarray(Image.fromarray(image).resize(SHAPE[:0:-1], Image.Resampling.BOX)) for image in images])
 
 
@@ -405,7 +406,7 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).round()
 
 
-class Components(NamedTuple):
+class LinearStart(NamedTuple):
     """The best linear VAE for the training images at one λ, from which a model starts; k directions in D pixels."""
 
     mean: torch.Tensor  # (D,)
@@ -415,7 +416,7 @@ class Components(NamedTuple):
     sigma: torch.Tensor  # () of p(x|z)
 
 
-def principal_components(images: torch.Tensor, count: int, kl_weight: float) -> Components:
+def principal_components(images: torch.Tensor, count: int, kl_weight: float) -> LinearStart:
     """Principal components of 8,192 images at most, with the σ that makes them the linear VAE's optimum.
 
     At λ = 1 that is probabilistic PCA (Tipping and Bishop 1999, eqs. 7 and 8; Lucas et al. 2019, theorem 1). At any λ
@@ -435,7 +436,7 @@ def principal_components(images: torch.Tensor, count: int, kl_weight: float) -> 
     for _ in range(1000):
         square = ((rest + variances.clamp(max=kl_weight * square).sum()) / x.shape[1]).clamp_min(1e-6)
     noise = (kl_weight * square).clamp_min(1e-6)
-    return Components(mean, directions, variances.maximum(noise), noise, square.sqrt())
+    return LinearStart(mean, directions, variances.maximum(noise), noise, square.sqrt())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -458,7 +459,7 @@ class Residual(nn.Module):
 class Encoder(nn.Module):
     """x (B, 3, 64, 64) -> mu, logvar (B, k) each: the best linear posterior, and what a convolution adds."""
 
-    def __init__(self, start: Components):
+    def __init__(self, start: LinearStart):
         super().__init__()
         signal = (start.variances - start.noise).sqrt()  # (k,)
         self.register_buffer("center", start.mean)
@@ -481,7 +482,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """z (B, k) -> the pixels' mean (B, 3, 64, 64), linear in z at the start, and log σ ()."""
 
-    def __init__(self, start: Components):
+    def __init__(self, start: LinearStart):
         super().__init__()
         signal = (start.variances - start.noise).sqrt()[:, None]  # (k, 1)
         self.register_buffer("center", start.mean)
@@ -509,15 +510,15 @@ class Prior(NamedTuple):
 
 
 class VAE(nn.Module):
-    """q(z|x) = N(μ(x), diag σ²(x)), p(x|z) from the decoder, and a prior p(z): COMPONENTS Gaussians learned with them.
+    """q(z|x) = N(μ(x), diag σ²(x)), p(x|z) from the decoder, and a prior p(z): PRIOR_GAUSSIANS Gaussians learned with them.
 
     A learned prior goes where the codes are, so that draws from it are codes of something. With `learned_prior` false
     it is N(0, I).
     """
 
-    def __init__(self, start: Components, learned_prior: bool):
+    def __init__(self, start: LinearStart, learned_prior: bool):
         super().__init__()
-        count, components = len(start.variances), COMPONENTS if learned_prior else 1
+        count, components = len(start.variances), PRIOR_GAUSSIANS if learned_prior else 1
         self.encoder, self.decoder = Encoder(start), Decoder(start)
         self.prior_logits = nn.Parameter(torch.zeros(components), requires_grad=learned_prior)
         apart = torch.randn(components, count) if components > 1 else torch.zeros(1, count)
@@ -985,7 +986,7 @@ def plot_sweep(
 def build_model(state: dict, key: str = "average") -> VAE:
     """The network that a checkpoint describes, with the weights that it holds under `key`."""
     count, pixels = state["settings"]["latent_dim"], math.prod(SHAPE)
-    blank = Components(torch.zeros(pixels), torch.zeros(count, pixels), torch.ones(count), *torch.ones(2))
+    blank = LinearStart(torch.zeros(pixels), torch.zeros(count, pixels), torch.ones(count), *torch.ones(2))
     model = VAE(blank, state["settings"]["prior"] == "learned").to(memory_format=torch.channels_last)
     try:
         model.load_state_dict(state[key])

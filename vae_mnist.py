@@ -12,7 +12,8 @@ The prior p(z) is a mixture of 64 Gaussians with full covariance, learned too; -
     python vae_mnist.py --sample 100         draw digits from the finished model
     python vae_mnist.py --evaluate FILE      score it on other images
 
-Each λ leaves figures, metrics.json and the model in runs/vae_mnist/lambda-<λ>/."""
+Each λ leaves figures, metrics.json and the model in runs/vae_mnist/lambda-<λ>/.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ SHAPE = (1, 28, 28)  # channels, rows, columns
 LEVELS = 2  # grey is made binary at 128
 LATENT_DIM = 32
 WIDTH = 24  # channels at 14 x 14; twice as many at 7 x 7
-COMPONENTS = 64  # Gaussians in the learned prior; the digits come in clusters
+PRIOR_GAUSSIANS = 64  # Gaussians in the learned prior; the digits come in clusters
 EPOCHS = 40
 LEARNING_RATE = 2e-3
 WARMUP = 2.0  # epochs
@@ -284,7 +285,7 @@ def find_data(given: Path | None) -> Path:
 
 
 def resize(images: list[np.ndarray]) -> np.ndarray:
-    """uint8 images (H, W[, C]) of any sizes -> (N, *SIZE[, C]), averaging over the pixels that fall together."""
+    """uint8 images (H, W[, C]) of any sizes -> (N, rows, columns[, C]) as in SHAPE, averaging over the pixels that fall together."""
     return np.stack([np.asarray(Image.fromarray(image).resize(SHAPE[:0:-1], Image.Resampling.BOX)) for image in images])
 
 
@@ -373,7 +374,7 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).round()
 
 
-class Components(NamedTuple):
+class LinearStart(NamedTuple):
     """The best linear VAE for the training images at one λ, from which a model starts; k directions in D pixels."""
 
     mean: torch.Tensor  # (D,)
@@ -383,7 +384,7 @@ class Components(NamedTuple):
     sigma: torch.Tensor  # () of p(x|z)
 
 
-def principal_components(images: torch.Tensor, count: int, kl_weight: float) -> Components:
+def principal_components(images: torch.Tensor, count: int, kl_weight: float) -> LinearStart:
     """Principal components of 8,192 images at most, with the σ that makes them the linear VAE's optimum.
 
     At λ = 1 that is probabilistic PCA (Tipping and Bishop 1999, eqs. 7 and 8; Lucas et al. 2019, theorem 1). At any λ
@@ -403,7 +404,7 @@ def principal_components(images: torch.Tensor, count: int, kl_weight: float) -> 
     for _ in range(1000):
         square = ((rest + variances.clamp(max=kl_weight * square).sum()) / x.shape[1]).clamp_min(1e-6)
     noise = (kl_weight * square).clamp_min(1e-6)
-    return Components(mean, directions, variances.maximum(noise), noise, square.sqrt())
+    return LinearStart(mean, directions, variances.maximum(noise), noise, square.sqrt())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -426,7 +427,7 @@ class Residual(nn.Module):
 class Encoder(nn.Module):
     """x (B, 1, 28, 28) -> mu, logvar (B, k) each."""
 
-    def __init__(self, start: Components):
+    def __init__(self, start: LinearStart):
         super().__init__()
         self.register_buffer("center", start.mean.view(SHAPE))
         self.network = nn.Sequential(
@@ -442,7 +443,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """z (B, k) -> logits (B, 1, 28, 28) of the pixels, at the start those of the mean image."""
 
-    def __init__(self, start: Components):
+    def __init__(self, start: LinearStart):
         super().__init__()
         self.register_buffer("base", start.mean.clamp(0.01, 0.99).logit().view(SHAPE))
         self.network = nn.Sequential(
@@ -465,15 +466,15 @@ class Prior(NamedTuple):
 
 
 class VAE(nn.Module):
-    """q(z|x) = N(μ(x), diag σ²(x)), p(x|z) from the decoder, and a prior p(z): COMPONENTS Gaussians learned with them.
+    """q(z|x) = N(μ(x), diag σ²(x)), p(x|z) from the decoder, and a prior p(z): PRIOR_GAUSSIANS Gaussians learned with them.
 
     A learned prior goes where the codes are, so that draws from it are codes of something. With `learned_prior` false
     it is N(0, I).
     """
 
-    def __init__(self, start: Components, learned_prior: bool):
+    def __init__(self, start: LinearStart, learned_prior: bool):
         super().__init__()
-        count, components = len(start.variances), COMPONENTS if learned_prior else 1
+        count, components = len(start.variances), PRIOR_GAUSSIANS if learned_prior else 1
         self.encoder, self.decoder = Encoder(start), Decoder(start)
         self.prior_logits = nn.Parameter(torch.zeros(components), requires_grad=learned_prior)
         apart = torch.randn(components, count) if components > 1 else torch.zeros(1, count)
@@ -940,7 +941,7 @@ def plot_sweep(
 def build_model(state: dict, key: str = "average") -> VAE:
     """The network that a checkpoint describes, with the weights that it holds under `key`."""
     count, pixels = state["settings"]["latent_dim"], math.prod(SHAPE)
-    blank = Components(torch.zeros(pixels), torch.zeros(count, pixels), torch.ones(count), *torch.ones(2))
+    blank = LinearStart(torch.zeros(pixels), torch.zeros(count, pixels), torch.ones(count), *torch.ones(2))
     model = VAE(blank, state["settings"]["prior"] == "learned").to(memory_format=torch.channels_last)
     try:
         model.load_state_dict(state[key])

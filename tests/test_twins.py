@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_DIFFER = {"load_images", "Encoder", "Decoder", "log_prob", "mean"}
 CONSTANTS = {
     "SCRIPT", "DATA", "SOURCE", "SHAPE", "LEVELS", "LATENT_DIM", "WIDTH", "EPOCHS", "LEARNING_RATE", "LINEAR_PACE",
-    "WARMUP", "COMPONENTS", "MAX_NORM", "(ROTATE, SCALE, SHEAR, SHIFT, FLIP)", "MAX_BYTES", "BITS_OFFSET",
+    "WARMUP", "PRIOR_GAUSSIANS", "MAX_NORM", "(ROTATE, SCALE, SHEAR, SHIFT, FLIP)", "MAX_BYTES", "BITS_OFFSET",
 }  # fmt: skip
 HELPERS_END = "# data: "
 
