@@ -285,7 +285,7 @@ def find_data(given: Path | None) -> Path:
 
 
 def resize(images: list[np.ndarray]) -> np.ndarray:
-    """uint8 images (H, W[, C]) of any sizes -> (N, rows, columns[, C]) as in SHAPE, averaging over the pixels that fall together."""
+    """uint8 images (H, W[, C]) of any sizes -> (N, rows, columns[, C]) of SHAPE, by averaging over boxes of pixels."""
     return np.stack([np.asarray(Image.fromarray(image).resize(SHAPE[:0:-1], Image.Resampling.BOX)) for image in images])
 
 
@@ -466,7 +466,7 @@ class Prior(NamedTuple):
 
 
 class VAE(nn.Module):
-    """q(z|x) = N(μ(x), diag σ²(x)), p(x|z) from the decoder, and a prior p(z): PRIOR_GAUSSIANS Gaussians learned with them.
+    """q(z|x) = N(μ(x), diag σ²(x)), p(x|z) from the decoder, and a prior p(z) of PRIOR_GAUSSIANS that learns with them.
 
     A learned prior goes where the codes are, so that draws from it are codes of something. With `learned_prior` false
     it is N(0, I).
