@@ -754,7 +754,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def share_gradients(model: nn.Module, numbers: torch.Tensor) -> torch.Tensor:
     """Sum the gradients, and `numbers` (loss, hits, stop flag), over all processes in one message."""
-    gradients = [p.grad for p in model.parameters()]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     message = torch.cat([g.flatten() for g in gradients] + [numbers])
     dist.all_reduce(message)
     parts = message.split([g.numel() for g in gradients] + [len(numbers)])

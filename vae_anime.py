@@ -637,7 +637,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def share_gradients(model: nn.Module, numbers: torch.Tensor) -> torch.Tensor:
     """Sum the gradients, and `numbers` (loss, hits, stop flag), over all processes in one message."""
-    gradients = [p.grad for p in model.parameters()]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     message = torch.cat([g.flatten() for g in gradients] + [numbers])
     dist.all_reduce(message)
     parts = message.split([g.numel() for g in gradients] + [len(numbers)])
@@ -659,7 +659,7 @@ def train(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learned, lr=args.lr, betas=(0.9, 0.99), fused=device.type != "mps")
-    average = copy.deepcopy(model)  # of the weights: one to two nats better than any single step's
+    average = copy.deepcopy(model)  # of the weights over the last thousand steps: what is scored and kept
     at = {"epoch": 0, "batch": 0, "reconstruction": 0.0, "kl": 0.0, "seen": 0, "retries": 0}
     history: list[dict] = []
 
