@@ -901,11 +901,11 @@ def plot_collapse(path: Path, report: dict) -> None:
 def plot_sweep(
     folder: Path, table: list[dict], models: list[VAE], test: torch.Tensor, args: argparse.Namespace
 ) -> None:
-    """lambda-sheet.png: a column a λ; rate-distortion.png: KL against reconstruction, a point a λ."""
+    """lambda-sheet.png: a column for each λ; rate-distortion.png: KL against reconstruction, a point for each."""
     chosen = args.image % len(test)
-    figure = new_figure(2.6 * len(models) + 0.4, 12.5)
-    grid = figure.subplots(6, len(models), squeeze=False, height_ratios=(4, 4, 4, 2.4, 2.2, 2.2))
-    for column, (row, model) in zip(grid.T, zip(table, models, strict=True), strict=True):
+    figure = new_figure(2.6 * len(models) + 0.4, 14.5)
+    grid = figure.subplots(7, len(models), squeeze=False, height_ratios=(4, 4, 4, 2.4, 2.2, 2.2, 2.4))
+    for column, row, model in zip(grid.T, table, models, strict=True):
         scores = evaluate(model, test, args.seed)
         report = describe_posterior(model, scores["mu"], scores["logvar"])
         title = f"λ = {row['lambda']:g}\n{row['active_units']} active of {model.prior_mean.shape[1]}"
@@ -920,6 +920,13 @@ def plot_sweep(
             panel.set_ylabel("mean of q(u|x)" if prior == 0 else "variance of q(u|x)", fontsize=8)
         column[5].set_yscale("log")
         column[5].set_xlabel(f"dimension, test image {chosen}", fontsize=8)
+        with open(folder / f"lambda-{row['lambda']:g}" / "history.csv", encoding="utf-8") as file:
+            history = list(csv.DictReader(file))
+        for part in ("train", "validation"):
+            column[6].plot([float(line[f"{part}_reconstruction"]) for line in history], label=part)
+        column[6].set_xlabel("epoch", fontsize=8)
+        column[6].set_ylabel("-log p(x|z) (nats)", fontsize=8)
+        column[6].legend(fontsize=7)
     save_figure(figure, folder / "lambda-sheet.png")
 
     figure = new_figure(5, 4)
