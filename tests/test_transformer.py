@@ -294,6 +294,17 @@ def test_non_finite_loss_goes_back_and_then_gives_up(here, monkeypatch, capsys):
     assert stopped.value.code == 2 and "Lower --lr" in capsys.readouterr().err
 
 
+def test_out_of_fold_means_not_trained_on(here):
+    """Labels that are noise can be learned by heart, but not foretold."""
+    rows = rows_of("data/train.csv")
+    for i, row in enumerate(rows[1:]):
+        row[1] = str(torch.randint(4, (1,), generator=torch.Generator().manual_seed(i)).item())
+    write_rows("data/train.csv", rows)
+    off = [word for name in ("--dropout", "--word-dropout", "--r-drop", "--label-smoothing") for word in (name, "0")]
+    metrics = run("--epochs", "30", "--lr", "1e-2", "--limit", "100", *off)
+    assert float(rows_of("runs/transformer/history.csv")[-1][-1]) > 0.9 and metrics["oof_accuracy"] < 0.45
+
+
 def test_2021_format_and_labels_as_they_came(here):
     rows = rows_of("data/train.csv")
     words = {"1": "world", "2": "sport", "3": "business", "4": "tech"}

@@ -226,6 +226,7 @@ def test_iwae_with_one_sample_is_the_elbo_and_grows_with_more(twin):
     assert abs(np.mean(bounds) - elbo) < 6 * spread + 1e-3 * abs(elbo)
     many = twin.iwae_bound(model, x, 300, torch.Generator().manual_seed(0)).item()
     assert many >= np.mean(bounds) - 1e-4 * abs(elbo)
+    assert abs(many - np.logaddexp.reduce(bounds) + math.log(400)) < 2  # their mean, in logs; ln 300 is 5.7
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -441,6 +442,11 @@ def test_two_processes_train_one_model(twin, here):
     assert done.stdout.count("-ELBO") == 1
     both = json.loads((folder_of(twin) / "metrics.json").read_text())["neg_elbo"]["test"]
     assert both == pytest.approx(run(twin, "--out", "alone")["neg_elbo"]["test"], rel=1e-3)
+    curves = []
+    for folder in (folder_of(twin), Path("alone/lambda-1")):
+        with open(folder / "history.csv") as file:
+            curves.append([float(row["train_loss"]) for row in csv.DictReader(file)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("twin", TWINS)
