@@ -239,6 +239,11 @@ def test_run_leaves_what_it_promises(here, capsys):
     assert {row[1] for row in rows[1:]} <= {"1", "2", "3", "4"}
     oof = rows_of("runs/transformer/oof_predictions.csv")
     assert metrics["oof_accuracy"] == pytest.approx(sum(row[1] == row[2] for row in oof[1:]) / 60)
+    members = torch.load("runs/transformer/checkpoint.pt", weights_only=True)["members"]
+    assert sorted(row for member in members for row in member["rows"]) == list(range(60))
+    for member in members:  # each row's probabilities are those of the model that had it held out
+        written = torch.tensor([[float(value) for value in oof[1 + row][4:]] for row in member["rows"]])
+        torch.testing.assert_close(written, member["held_out"], atol=1e-4, rtol=0)
     left = {path.name for path in Path("runs/transformer").iterdir()}
     assert {"config.json", "history.csv", "checkpoint.pt", "learning-curve.png", "confusion-matrix.png"} <= left
     assert not any(name.startswith(".") for name in left)
