@@ -919,11 +919,13 @@ def plot_sweep(
             panel.axhline(prior, color="tab:red", linewidth=1)
             panel.set_ylabel("mean of q(u|x)" if prior == 0 else "variance of q(u|x)", fontsize=8)
         column[5].set_yscale("log")
+        column[5].set_ylim(1e-5, 3.0)  # one scale for all columns
         column[5].set_xlabel(f"dimension, test image {chosen}", fontsize=8)
         with open(folder / f"lambda-{row['lambda']:g}" / "history.csv", encoding="utf-8") as file:
             history = list(csv.DictReader(file))
         for part in ("train", "validation"):
-            column[6].plot([float(line[f"{part}_reconstruction"]) for line in history], label=part)
+            curve = [float(line[f"{part}_reconstruction"]) for line in history]
+            column[6].plot(range(1, len(curve) + 1), curve, label=part)
         column[6].set_xlabel("epoch", fontsize=8)
         column[6].set_ylabel("-log p(x|z) (nats)", fontsize=8)
         column[6].legend(fontsize=7)
@@ -935,6 +937,7 @@ def plot_sweep(
     for row in table:
         panel.annotate(f" λ = {row['lambda']:g}", (row["kl"], row["reconstruction"]))
     panel.set_xscale("symlog", linthresh=1.0)
+    panel.margins(x=0.15)  # room for the last λ's name
     panel.set_xlabel("rate: KL (nats per test image)")
     panel.set_ylabel("distortion: -log p(x|z) (nats)")
     save_figure(figure, folder / "rate-distortion.png")
