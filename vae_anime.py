@@ -964,7 +964,7 @@ def plot_sweep(
             panel.axhline(prior, color="tab:red", linewidth=1)
             panel.set_ylabel("mean of q(u|x)" if prior == 0 else "variance of q(u|x)", fontsize=8)
         column[5].set_yscale("log")
-        column[5].set_ylim(1e-5, 3.0)  # one scale for all columns
+        column[5].set_ylim(1e-9, 10.0)  # one scale for all columns
         column[5].set_xlabel(f"dimension, test image {chosen}", fontsize=8)
         with open(folder / f"lambda-{row['lambda']:g}" / "history.csv", encoding="utf-8") as file:
             history = list(csv.DictReader(file))

@@ -54,7 +54,7 @@ def epoch_of_plain(t, split, args) -> None:
         x = t.to_pixels(t.augment(batch, generator)).contiguous()
         mu, logvar = model.encode(x)
         z = t.reparameterize(mu, logvar, torch.randn_like(mu))
-        kl = t.kl_divergence(mu, logvar, model.prior_mean, model.whitener())
+        kl = t.kl_divergence(mu, logvar, model.prior())
         loss = (kl - t.log_prob(model.decoder(z), x)).mean()
         optimizer.zero_grad()
         loss.backward()
