@@ -142,6 +142,8 @@ def peers(t, split, args) -> None:
         while time.monotonic() < begin + args.seconds:
             model.train()
             for batch in torch.randperm(len(split.train)).split(64):
+                if time.monotonic() > begin + args.seconds:
+                    break
                 x = t.to_pixels(split.train[batch])
                 params, kl = model(x)
                 optimizer.zero_grad()
