@@ -1004,7 +1004,7 @@ def score_posterior(model: VAE, images: torch.Tensor, scores: dict, args: argpar
         "aggregate_mean_largest": report["aggregate_mean"].abs().max().item(),
         "aggregate_covariance_eigenvalues": [eigenvalues.min().item(), eigenvalues.max().item()],
         "mutual_information": report["mutual_information"],
-        "mutual_information_limit": math.log(len(images)),
+        "mutual_information_limit": math.log(len(report["mean_u"])),
     }
 
 

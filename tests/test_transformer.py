@@ -149,6 +149,7 @@ def test_find_grams_names_stems_and_neighbours():
     pairs = torch.tensor([2 * 5 + 3, 3 * 5 + 2])
     assert t.find_grams(torch.tensor([2, 4, 3, 2]), roots, pairs).tolist() == [2, 3, 5, 6]
     assert t.find_grams(torch.tensor([4]), roots, pairs).tolist() == [3]
+    assert t.find_grams(torch.tensor([2, 4]), roots, pairs[:0]).tolist() == [2, 3]  # no text has a pair
 
 
 def test_class_evidence_leaves_the_text_itself_out():
