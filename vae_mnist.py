@@ -635,6 +635,10 @@ def train(
     restore(good)
     per_epoch = math.ceil(len(images.train) / args.batch_size)
     bar.update(at["epoch"] * per_epoch + at["batch"])
+
+    def annealed_weight(step: int) -> float:
+        return kl_weight * min(1.0, step / max(1.0, args.warmup * per_epoch))
+
     while at["epoch"] < args.epochs:
         order = torch.randperm(len(images.train), generator=seed_all(args.seed, at["epoch"]))
         for batch in order.split(args.batch_size)[at["batch"] :]:
@@ -642,7 +646,7 @@ def train(
             generator = seed_all(args.seed, at["epoch"], step, at["retries"])
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.epochs * per_epoch, args.lr) * 0.5 ** at["retries"]
-            annealed = kl_weight * min(1.0, step / max(1.0, args.warmup * per_epoch))
+            annealed = annealed_weight(step)
 
             mine = slice(rank, None, world) if rank < len(batch) else slice(0, 1)  # this process's share
             weight = (rank < len(batch)) / len(batch)  # 0 where a small last batch left it none
@@ -684,6 +688,7 @@ def train(
         else:  # the epoch ended without a break
             reconstruction, kl = at["reconstruction"] / at["seen"], at["kl"] / at["seen"]
             held_out = evaluate(average, images.validation, args.seed)
+            annealed = annealed_weight((at["epoch"] + 1) * per_epoch - 1)
             history.append(
                 {
                     "epoch": at["epoch"] + 1,

@@ -337,7 +337,7 @@ def test_sweep_compares_and_takes_finished_runs(twin, here, capsys):
 
 
 @pytest.mark.parametrize("twin", TWINS)
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps", [1, 2, 4])  # 2 is the last batch of an epoch
 def test_resume_equals_no_interruption(twin, here, monkeypatch, capsys, steps):
     whole = run(twin)
     rate, count = twin.learning_rate, iter(range(10_000))
