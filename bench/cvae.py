@@ -1,0 +1,110 @@
+"""What lab4/cvae.py is worth: its scores over seeds, and its training speed beside a loop that takes a word at a time.
+
+    python bench/cvae.py scores --data data               five seeds of the default run and of --holdout 100
+    python bench/cvae.py speed  --data data               words a second, both sides in turn
+
+Each prints a table for the README.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SCRIPT = Path(__file__).resolve().parent.parent / "lab4" / "cvae.py"
+sys.path.insert(0, str(SCRIPT.parent))
+import cvae  # noqa: E402
+
+
+def epoch_of_ours(verbs, args) -> int:
+    """One epoch of the script's own training loop; returns the words that were spelled."""
+    cvae.seed_all(0)
+    with cvae.tqdm(disable=True) as bar:
+        cvae.train(cvae.CVAE(args.latent_dim, args.hidden_dim), verbs, args, None, lambda state: None, bar)
+    return 2 * len(verbs.train)
+
+
+def words_one_by_one(verbs, args) -> int:
+    """The same network and loss as the course's template trains them: a word a step, letter by letter, plain SGD."""
+    cvae.seed_all(0)
+    model = cvae.CVAE(args.latent_dim, args.hidden_dim)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    count = 0
+    for verb in verbs.train[: args.words // 4]:
+        for tense, form in enumerate(verb):
+            word, number = cvae.encode_words([form]), torch.tensor([tense])
+            mu, logvar = model.encoder(word, number)
+            state = model.decoder.verb(cvae.reparameterize(mu, logvar, torch.randn_like(mu)))
+            letter, loss = torch.tensor([[cvae.START]]), args.kl_max * cvae.kl_divergence(mu, logvar).sum()
+            for right in word[0]:
+                states, state = model.decoder.spell(letter, number, state)
+                loss = loss + F.cross_entropy(model.decoder.out(states)[:, 0], right[None])
+                letter = right.view(1, 1)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), cvae.MAX_NORM)
+            optimizer.step()
+            count += 1
+    return count
+
+
+def speed(own: argparse.Namespace) -> None:
+    """Words spelled a second in training, both sides in turn, the ratio of the medians."""
+    args = cvae.parse_args(["--epochs", "1", "--teacher-forcing", "1", "--data", str(own.data)])
+    args.words = own.words
+    verbs = cvae.read_verbs(own.data, 0, None, 0)
+    sides, rates = {"a word at a time": words_one_by_one, "lab4/cvae.py": epoch_of_ours}, {}
+    for _ in range(own.rounds):
+        for name, side in sides.items():
+            begin = time.monotonic()
+            words = side(verbs, args)
+            rates.setdefault(name, []).append(words / (time.monotonic() - begin))
+    plain = statistics.median(rates["a word at a time"])
+    print(f"{torch.get_num_threads()} threads, {own.rounds} rounds in turn")
+    print("| training | words a second (median; range) | ratio |\n| --- | --- | --- |")
+    for name, measured in rates.items():
+        middle = statistics.median(measured)
+        print(f"| {name} | {middle:.0f} ({min(measured):.0f} to {max(measured):.0f}) | {middle / plain:.1f} |")
+
+
+def scores(own: argparse.Namespace) -> None:
+    """The scores of the default run and of the one that holds verbs out: mean and standard deviation over seeds."""
+    keys = ("bleu4", "gaussian_score", "gaussian_score_10000", "distinct_valid_per_100", "heldout_exact",
+            "heldout_bleu4", "seconds")  # fmt: skip
+    print(f"| run | {' | '.join(keys)} |\n|{' --- |' * (len(keys) + 1)}")
+    for name, flags in {"default": [], f"--holdout {own.holdout}": ["--holdout", str(own.holdout)]}.items():
+        found: dict[str, list[float]] = {}
+        for seed in range(own.seeds):
+            out = own.out / f"{name.strip('-').replace(' ', '-')}-{seed}"
+            if not (out / "metrics.json").exists():
+                command = [sys.executable, str(SCRIPT), "--data", str(own.data), "--seed", str(seed), "--out", str(out)]
+                subprocess.run([*command, *flags], check=True, stdout=subprocess.DEVNULL)
+            metrics = json.loads((out / "metrics.json").read_text())
+            for key in keys:
+                found.setdefault(key, []).append(metrics[key])
+        cells = ["-" if None in v else f"{statistics.mean(v):.4g} ± {statistics.stdev(v):.2g}" for v in found.values()]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=("scores", "speed"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/bench_cvae"), help="for scores")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--holdout", type=int, default=100)
+    parser.add_argument("--words", type=int, default=400, help="a round of the one-by-one loop")
+    parser.add_argument("--rounds", type=int, default=5)
+    own = parser.parse_args()
+    {"scores": scores, "speed": speed}[own.what](own)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,991 @@
+"""Turn the tense of English verbs, and invent verbs from noise, with a conditional sequence-to-sequence VAE.
+
+A verb x_i in tense c_i becomes q(z|x_i, c_i), a Gaussian over codes z; from a code the decoder spells x_j, the same
+verb in any tense c_j. For every q, by Jensen's inequality (Sohn et al. 2015, eq. 4; Kingma and Welling 2014, eq. 3),
+
+    log p(x_j|c_j) = log E q(z|x_i,c_i) [p(x_j|z,c_j) p(z) / q(z|x_i,c_i)]
+                  >= E q(z|x_i,c_i) [log p(x_j|z,c_j)] - KL(q(z|x_i,c_i) || p(z)),        p(z) = N(0, I)
+    loss           = reconstruction + w KL, nats per word; the schedule of w is --kl-schedule (Fu et al. 2019)
+
+z does not depend on c_j, so one code has to serve all four tenses: what it holds is the verb and not the form.
+
+    python lab4/cvae.py                             train.txt and test.txt in data/, else the bundled sample
+    python lab4/cvae.py --convert walk --to past    with the trained model
+    python lab4/cvae.py --generate 10               verbs from N(0, I)
+    python lab4/cvae.py --holdout 100               how well it turns verbs that it never saw
+    python lab4/cvae.py --compare-schedules         monotonic beside cyclical
+
+It leaves tables, figures, metrics.json and the model in runs/cvae/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, keeping two runs out of one folder is up to the user
+    fcntl = None
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+SOURCE = "The real train.txt and test.txt are the course's files; put them into data/"
+TENSES = ("present", "third-person", "progressive", "past")  # the order of a line of train.txt
+SHORT = {"sp": 0, "tp": 1, "pg": 2, "p": 3}  # as test.txt's third column writes them: sp->p
+COURSE_TESTS = ((0, 3), (0, 2), (0, 1), (0, 1), (3, 1), (0, 2), (3, 0), (2, 0), (2, 3), (2, 1))  # its test.txt has none
+START, END, TOKENS = 0, 27, 28  # a to z are 1 to 26
+MAX_LETTERS = 20  # of a word; the longest in the course's file has 15
+SCHEDULES = ("monotonic", "cyclical", "constant")
+LETTER_DIM, TENSE_DIM = 64, 16  # widths of the embeddings
+MAX_NORM = 1.0  # of the gradient
+RAMP = 0.5  # share of a schedule in which the KL weight grows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# arguments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# fmt: off
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = fail  # a mistake is one line here as everywhere
+    add = parser.add_argument_group("run").add_argument
+    add("--data", type=Path, metavar="DIR", help="folder with train.txt and test.txt; otherwise data/ beside the "
+        "script or its folder, or the bundled data/sample/")
+    add("--out", type=Path, metavar="DIR", default=Path("runs/cvae"), help="folder for what a run leaves")
+    add("--resume", action="store_true", help="go on with the interrupted run in --out")
+    add("--convert", metavar="VERB", help="turn a verb with the model in --out")
+    add("--from", choices=TENSES, default="present", dest="from_tense", help="tense of --convert's verb")
+    add("--to", choices=TENSES, default="past", dest="to_tense", help="tense to turn it to")
+    add("--generate", type=positive, metavar="N", help="spell N codes from N(0, I) with the model in --out")
+    add("--interpolate", nargs=2, metavar="VERB", help="verbs between two, in the present, with the model in --out")
+    add("--compare-schedules", action="store_true", help="a run for the monotonic and one for the cyclical KL weight, "
+        "and a figure of both")
+    add("--seed", type=int, default=0, help="of held-out verbs, weights, batches and noise")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train")
+    add("--limit", type=positive, metavar="N", help="train on N random verbs only, for a first look")
+    add("--holdout", type=not_negative_int, default=0, metavar="N", help="leave N random verbs and those of test.txt "
+        "out of training, and score all conversions of the N")
+    add = parser.add_argument_group("model").add_argument
+    add("--latent-dim", type=positive, help="dimensions of z; otherwise 8, with --holdout 32")
+    add("--hidden-dim", type=positive, default=256, help="width of both GRUs")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=positive, default=200, help="passes over the verbs")
+    add("--batch-size", type=positive, default=64, help="verbs a step, each read in one tense and spelled in two")
+    add("--lr", type=positive_float, default=4e-3, help="peak learning rate of Adam")
+    add("--kl-schedule", choices=SCHEDULES, default="monotonic", help="how the KL weight gets to --kl-max: once, over "
+        "and over, or at once")
+    add("--kl-cycles", type=positive, default=4, help="of the cyclical schedule")
+    add("--kl-max", type=not_negative, metavar="WEIGHT", help="of the KL in the loss, at its largest; otherwise 0.3, "
+        "with --holdout 0.05")
+    add("--invented", type=not_negative, metavar="RATIO", help="made-up verbs for each real one in a batch; otherwise "
+        "none, with --holdout 1")
+    add("--teacher-forcing", type=share, default=0.9, metavar="SHARE", help="of the letters that the decoder is given, "
+        "those that are right, in the last epoch; in the first all are")
+    args = parser.parse_args(argv)
+    # Seven nats name a verb of the file, and codes that small fill N(0, I); a verb never seen has to be spelled out.
+    trained_on = {"latent_dim": 8, "kl_max": 0.3, "invented": 0.0}
+    otherwise = {"latent_dim": 32, "kl_max": 0.05, "invented": 1.0} if args.holdout else trained_on
+    for name, value in otherwise.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+# fmt: on
+
+
+def checked(convert: Callable, holds: Callable, what: str) -> Callable:
+    """An argparse type: `convert` the word, then refuse a value for which `holds` is false (nan always is)."""
+
+    def parse(text: str):
+        try:
+            value = convert(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
+
+
+positive = checked(int, lambda v: v >= 1, "a whole number from 1 up")
+positive_float = checked(float, lambda v: 0 < v < math.inf, "a positive number")
+not_negative = checked(float, lambda v: 0 <= v < math.inf, "a number from 0 up")
+not_negative_int = checked(int, lambda v: v >= 0, "a whole number from 0 up")
+share = checked(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# errors, devices, run folders, checkpoints (the same to the letter in every script of this project)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def fail(message: str) -> NoReturn:
+    """End the program over a user's mistake: one line on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def seed_all(*numbers: int) -> torch.Generator:
+    """Seed torch, and return a CPU generator, from `numbers` such as (seed, fold, epoch, step).
+
+    Noise is a function of its place in the run, so a resumed run needs no generator state to repeat it.
+    """
+    seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is a GPU when there is one. Under torchrun each process takes its own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError):
+        fail(f"--device {name}: torch finds no such device here. Use --device auto")
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 matrix products where the processor has them: every CUDA GPU since Ampere, a CPU with avx512_bf16."""
+    bf16 = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type != "mps")
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """(rank, world size): (0, 1) alone, else of the group that torchrun started."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+stop_signals: list[int] = []  # what has arrived; the training loop looks here after each batch
+
+
+def catch_signals() -> None:
+    """Let Ctrl-C and SIGTERM wait for the end of the batch; a second one ends the program at once."""
+
+    def handler(number: int, frame) -> None:
+        stop_signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    stop_signals.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`, moved into place when the block ends well: no reader sees half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+held_locks: list[int] = []  # file descriptors of locked run folders; closed when main ends
+
+
+def open_run(folder: Path, resume: bool, config: dict) -> None:
+    """Make and lock the run's folder, leave config.json there; without `resume`, keep what stood there as .previous."""
+    try:
+        for attempt in range(2):
+            folder.mkdir(parents=True, exist_ok=True)
+            if fcntl:  # the lock is freed when the process ends, however it ends
+                held_locks.append(os.open(folder, os.O_RDONLY))
+                fcntl.flock(held_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if resume or attempt or not any(folder.iterdir()):
+                break
+            if not (folder / "config.json").exists():
+                fail(f"{folder}: holds files that no run left there. Name another folder with --out")
+            previous = folder.with_name(folder.name + ".previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
+        for stale in folder.glob(".*.tmp"):
+            stale.unlink()
+        write_json(folder / "config.json", config)
+    except BlockingIOError:
+        fail(f"{folder}: another run is writing there. Wait for it, or name another folder with --out")
+    except OSError as error:
+        fail(f"{folder}: cannot be written ({error.strerror}). Name another folder with --out")
+
+
+def describe_run(args: argparse.Namespace, hashes: dict[str, str]) -> dict:
+    """What config.json says: arguments, data, versions, commit."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    return {
+        "arguments": vars(args),
+        "sha256": hashes,
+        "seed": args.seed,
+        "commit": commit.stdout.strip() or None,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+
+
+def load_checkpoint(path: Path, script: str, settings: dict) -> dict:
+    """Read a checkpoint of `script` trained with `settings`; anything else ends the program. Runs no code from it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the bytes lead it into
+        fail(f"{path}: not a checkpoint that can be read ({type(error).__name__}). Train again without --resume")
+    if not isinstance(state, dict) or state.get("script") != script or not isinstance(state.get("settings"), dict):
+        fail(f"{path}: not a checkpoint of {script}. Train again without --resume")
+    for name, value in settings.items():
+        if state["settings"].get(name) != value:
+            there = state["settings"].get(name)
+            fail(f"{path}: trained with {name} {there}, not {value}. Give it the same, or start over without --resume")
+    return state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data: verbs -> letters -> integers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Verbs(NamedTuple):
+    """What a run learns from and is scored on; a verb is its four forms in the order of TENSES."""
+
+    train: list[tuple[str, ...]]  # N verbs
+    held_out: list[tuple[str, ...]]
+    tests: list[tuple[str, str, int, int]]  # input, target, and the tense of each
+    hashes: dict[str, str]  # sha256 of each file
+
+
+def find_data(folder: Path | None) -> Path:
+    """The folder to read: the one given, else data/ beside the script or its folder, else the bundled sample there."""
+    if folder is not None:
+        return folder
+    for path in (HERE / "data", HERE.parent / "data", HERE.parent / "data" / "sample"):
+        if (path / "train.txt").exists() and (path / "test.txt").exists():
+            return path
+    fail(f"no data/train.txt and test.txt beside {Path(__file__).name}. {SOURCE}, or name their folder with --data")
+
+
+def read_lines(path: Path) -> tuple[list[list[str]], str]:
+    """The words of each line that has any, and the file's sha256. Every way to be malformed ends the program."""
+    try:
+        raw = path.read_bytes()
+        lines = [line.split() for line in raw.decode("ascii").splitlines()]
+    except OSError as error:
+        fail(f"{path}: {error.strerror}. {SOURCE}, or name their folder with --data")
+    except UnicodeDecodeError as error:
+        fail(f"{path}: byte 0x{raw[error.start]:02x} at offset {error.start} is no letter a to z. Write words in these")
+    if not any(lines):
+        fail(f"{path}: is empty. Give a verb a line")
+    return lines, hashlib.sha256(raw).hexdigest()
+
+
+def check_word(word: str, where: str) -> str:
+    if not (word.isascii() and word.isalpha() and word.islower()):
+        fail(f"{where}: {word[:40]!r} is not made of the letters a to z. Write it in small letters")
+    if len(word) > MAX_LETTERS:
+        fail(f"{where}: {word[:40]!r} has {len(word)} letters, more than {MAX_LETTERS}. Leave it out")
+    return word
+
+
+def read_train(path: Path) -> tuple[list[tuple[str, ...]], str]:
+    """The verbs of train.txt. A repeated line counts once; one whose third word is no -ing form is left out."""
+    lines, sha256 = read_lines(path)
+    verbs: dict[tuple[str, ...], None] = {}
+    repeated, out_of_order = [], []
+    for number, words in enumerate(lines, 1):
+        if not words:
+            continue
+        if len(words) != len(TENSES):
+            fail(f"{path}: line {number} has {len(words)} words, not 4. Write {' '.join(TENSES)}")
+        verb = tuple(check_word(word, f"{path}: line {number}") for word in words)
+        if not verb[2].endswith("ing"):
+            out_of_order.append(f"line {number} ({' '.join(verb)})")
+        elif verb in verbs:
+            repeated.append(verb[0])
+        else:
+            verbs[verb] = None
+    if repeated:
+        print(f"warning   {path}: {len(repeated)} repeated lines counted once: {', '.join(repeated[:12])}")
+    if out_of_order:
+        print(f"warning   {path}: {len(out_of_order)} lines left out, since their third word is no progressive: "
+              f"{', '.join(out_of_order[:12])}")  # fmt: skip
+    if len(verbs) < 2:
+        fail(f"{path}: {len(verbs)} verbs are too few. Give two or more")
+    return list(verbs), sha256
+
+
+def read_test(path: Path) -> tuple[list[tuple[str, str, int, int]], str]:
+    """The pairs of test.txt: their tenses from a third column such as sp->p, or, of ten bare pairs, the course's."""
+    lines, sha256 = read_lines(path)
+    lines = [(number, words) for number, words in enumerate(lines, 1) if words]
+    bare = all(len(words) == 2 for _, words in lines)
+    if bare and len(lines) != len(COURSE_TESTS):
+        fail(f"{path}: {len(lines)} pairs without tenses; only the course's ten are known. Add a third column: sp->p")
+    tests = []
+    for row, (number, words) in enumerate(lines):
+        if bare:
+            pair = COURSE_TESTS[row]
+        else:
+            names = "".join(words[2:]).split("->")  # "sp -> p" is three words
+            if len(names) != 2 or not all(name in SHORT for name in names):
+                fail(f"{path}: line {number} has no tenses such as sp->p in a third column. The names: "
+                     f"{', '.join(SHORT)}")  # fmt: skip
+            pair = (SHORT[names[0]], SHORT[names[1]])
+        where = f"{path}: line {number}"
+        tests.append((check_word(words[0], where), check_word(words[1], where), *pair))
+    return tests, sha256
+
+
+def read_verbs(folder: Path, holdout: int, limit: int | None, seed: int) -> Verbs:
+    """Read both files. With `holdout`, that many verbs at random and those of the test pairs are kept from training."""
+    lines, train_hash = read_train(folder / "train.txt")
+    tests, test_hash = read_test(folder / "test.txt")
+    held_out: list[tuple[str, ...]] = []
+    if holdout:
+        tested = {word for test in tests for word in test[:2]}
+        lines = [verb for verb in lines if not tested & set(verb)]
+    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed)).tolist()
+    if holdout:
+        if holdout > len(lines) - 2:
+            fail(f"--holdout {holdout}: {folder / 'train.txt'} has {len(lines)} verbs that are in no test pair")
+        forms = {word for row in order[:holdout] for word in lines[row]}
+        held_out = [lines[row] for row in order[:holdout]]
+        order = [row for row in order[holdout:] if not forms & set(lines[row])]  # lie, lay: a form in two lines
+    train = [lines[row] for row in sorted(order[:limit])]
+    print(f"verbs     {len(train)} for training, {len(held_out)} held out, {len(tests)} test pairs")
+    return Verbs(train, held_out, tests, {"train.txt": train_hash, "test.txt": test_hash})
+
+
+def encode_words(words: list[str]) -> torch.Tensor:
+    """N words -> integers (N, T), each word's letters and then END up to the longest."""
+    width = max(map(len, words)) + 1
+    letters = [[ord(letter) - ord("a") + 1 for letter in word] for word in words]
+    return torch.tensor([row + [END] * (width - len(row)) for row in letters])
+
+
+def decode_words(tokens: torch.Tensor) -> list[str]:
+    """Integers (N, T) -> N words, each up to its first END."""
+    spelled = ["".join(chr(ord("a") + token - 1) for token in row) for row in tokens.tolist()]
+    return [word.partition(chr(ord("a") + END - 1))[0] for word in spelled]
+
+
+def verb_tensor(verbs: list[tuple[str, ...]]) -> torch.Tensor:
+    """N verbs -> (N, 4, T)."""
+    return encode_words([word for verb in verbs for word in verb]).unflatten(0, (-1, len(TENSES)))
+
+
+def until_end(tokens: torch.Tensor) -> torch.Tensor:
+    """(N, T) -> true for each letter and the first END: what is to be spelled."""
+    return F.pad(tokens != END, (1, 0), value=True)[:, : tokens.shape[1]]
+
+
+def length_batches(lengths: torch.Tensor, size: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """Rows in random batches, those of a batch of like length: shuffled, then sorted within eight batches' rows."""
+    stretches = torch.randperm(len(lengths), generator=generator).split(8 * size)
+    batches = [batch for rows in stretches for batch in rows[lengths[rows].argsort()].split(size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def invent_verbs(verbs: list[tuple[str, ...]], count: int, generator: torch.Generator) -> list[tuple[str, ...]]:
+    """`count` verbs that are none: the head of one verb's common stem before the tail of another, its endings kept.
+
+    abandon and flounder give abounder, abounders, aboundering, aboundered: spelling and inflection without the verb.
+    """
+    stems = [len(os.path.commonprefix(verb)) for verb in verbs]
+    invented = []
+    while len(invented) < count:
+        first, second = torch.randint(len(verbs), (2,), generator=generator).tolist()
+        if min(stems[first], stems[second]) < 2:
+            continue
+        head = int(torch.randint(1, stems[first] + 1, (1,), generator=generator))
+        tail = int(torch.randint(0, stems[second], (1,), generator=generator))
+        verb = tuple(verbs[first][0][:head] + form[tail:] for form in verbs[second])
+        if max(map(len, verb)) <= MAX_LETTERS:
+            invented.append(verb)
+    return invented
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """A word (B, T) in a tense (B,) -> mu, logvar (B, k) each: a GRU whose first state is the tense's embedding."""
+
+    def __init__(self, latent_dim: int, hidden_dim: int):
+        super().__init__()
+        self.letters = nn.Embedding(TOKENS, LETTER_DIM)
+        self.tense = nn.Embedding(len(TENSES), hidden_dim)
+        self.gru = nn.GRU(LETTER_DIM, hidden_dim, batch_first=True)
+        self.head = nn.Linear(hidden_dim, 2 * latent_dim)
+        nn.init.constant_(self.head.bias[latent_dim:], -3.0)  # σ = .22 at the start: a code that can be read
+
+    def forward(self, words: torch.Tensor, tense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        states, _ = self.gru(self.letters(words), self.tense(tense)[None])  # (B, T, hidden)
+        last = until_end(words).sum(1) - 1  # what comes after the first END is padding
+        mu, logvar = self.head(states[torch.arange(len(words), device=words.device), last]).chunk(2, 1)
+        return mu, logvar.clamp(-12.0, 4.0)
+
+
+class Decoder(nn.Module):
+    """A code (B, k) and a tense (B,) -> logits of the letters, from a GRU whose first state is a network of the code.
+
+    Only the letters' input tells the tense, so which verb a code means is decided once, the same for all four tenses.
+    """
+
+    def __init__(self, latent_dim: int, hidden_dim: int):
+        super().__init__()
+        self.verb = nn.Sequential(
+            nn.Linear(latent_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU(),
+            nn.Linear(hidden_dim, hidden_dim), nn.Tanh(),
+        )  # fmt: skip
+        self.letters = nn.Embedding(TOKENS, LETTER_DIM)
+        self.tense = nn.Embedding(len(TENSES), TENSE_DIM)
+        self.gru = nn.GRU(LETTER_DIM + TENSE_DIM, hidden_dim, batch_first=True)
+        self.out = nn.Linear(hidden_dim, TOKENS)
+
+    def forward(self, z: torch.Tensor, tense: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, 28) of the letters that follow each of `given` (B, T)."""
+        return self.out(self.spell(given, tense, self.verb(z))[0])
+
+    def spell(self, given: torch.Tensor, tense: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states (B, T, hidden) after each of `given`, and the last one."""
+        tense = self.tense(tense)[:, None].expand(-1, given.shape[1], -1)
+        states, last = self.gru(torch.cat([self.letters(given), tense], -1), state[None])
+        return states, last[0]
+
+
+class CVAE(nn.Module):
+    """q(z|x_i, c_i), and p(x_j|z, c_j)."""
+
+    def __init__(self, latent_dim: int, hidden_dim: int):
+        super().__init__()
+        self.encoder, self.decoder = Encoder(latent_dim, hidden_dim), Decoder(latent_dim, hidden_dim)
+
+    @torch.no_grad()
+    def spell(self, z: torch.Tensor, tense: torch.Tensor) -> list[str]:
+        """The words of codes (B, k) in tenses (B,), the likeliest letter each time."""
+        letter = torch.full((len(z), 1), START, device=z.device)
+        ended = torch.zeros_like(letter, dtype=torch.bool)
+        state, word = self.decoder.verb(z), []
+        for _ in range(MAX_LETTERS):
+            states, state = self.decoder.spell(letter, tense, state)
+            logits = self.decoder.out(states)
+            letter = logits[..., START + 1 :].argmax(-1) + START + 1  # no word has a START
+            word.append(letter)
+            ended |= letter == END
+            if ended.all():
+                break
+        return decode_words(torch.cat(word, 1).cpu())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# objective (nats per word)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def reparameterize(mu: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """z = μ + σ ε with ε from N(0, I): a draw from q(z|x) that gradients pass (Kingma and Welling 2014, 2.4)."""
+    return mu + (0.5 * logvar).exp() * noise
+
+
+def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """KL(N(μ, diag σ²) ‖ N(0, I)), (B, k) -> (B,): ½ Σ (μ² + σ² - 1 - ln σ²) (Kingma and Welling 2014, appendix B)."""
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+
+
+def reconstruction_loss(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """-log p(x|z, c) of words (B, T) under logits (B, T, 28), up to and with the first END -> (B,)."""
+    losses = F.cross_entropy(logits.flatten(0, 1), words.flatten(), reduction="none").view_as(words)
+    return (losses * until_end(words)).sum(1)
+
+
+def kl_weight(schedule: str, progress: float, cycles: int, largest: float) -> float:
+    """The weight of the KL when the share `progress` of all steps is done.
+
+    monotonic: grows from 0 over the first half, then stays (Bowman et al. 2016). cyclical: does so in each of the
+    cycles (Fu et al. 2019, eqs. 6 and 7 with R = .5). constant: `largest` throughout.
+    """
+    if schedule == "constant":
+        return largest
+    within = progress * cycles % 1.0 if schedule == "cyclical" else progress
+    return largest * min(1.0, within / RAMP)
+
+
+def mix_letters(right: torch.Tensor, logits: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The letters that the decoder is given, (B, T): START, then of each word's letters the right one at `ratio`.
+
+    The others are the likeliest by `logits`, which a first pass gave: scheduled sampling (Bengio et al. 2015) in two
+    parallel passes (Mihaylova and Martins 2019).
+    """
+    own = torch.rand(right.shape, device=right.device) >= ratio
+    return F.pad(torch.where(own, logits.argmax(-1), right), (1, -1), value=START)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first tenth of the steps, then half a cosine down to 0."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def train(
+    model: CVAE, verbs: Verbs, args: argparse.Namespace, start: dict | None, save: Callable[[dict], None], bar: tqdm
+) -> tuple[CVAE, list[dict]]:
+    """Train `model`; return the running average of its weights and the history, one row an epoch.
+
+    `start` is a state to go on from; `save` takes the state after each epoch and when a signal stops the run. A loss
+    that is not finite goes back to the last epoch's end at half the learning rate, three times at most.
+    """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type != "mps")
+    average = copy.deepcopy(model)  # of the weights over the last two hundred steps: what is scored and kept
+    at = {"epoch": 0, "batch": 0, "reconstruction": 0.0, "kl": 0.0, "seen": 0, "retries": 0}
+    history: list[dict] = []
+
+    def snapshot() -> dict:
+        parts = {"at": at, "history": history, "model": model.state_dict(), "average": average.state_dict(),
+                 "optimizer": optimizer.state_dict()}  # fmt: skip
+        return copy.deepcopy(parts)
+
+    def restore(state: dict) -> None:
+        state = copy.deepcopy(state)
+        at.update(state["at"])
+        history[:] = state["history"]
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    good = start or snapshot()
+    restore(good)
+    known = set(verbs.train)
+    forms = verb_tensor(verbs.train)  # (N, 4, T)
+    lengths = (forms != END).sum(2).amax(1)  # (N,) letters of each verb's longest form
+    per_epoch = math.ceil(len(forms) / args.batch_size)
+    steps = args.epochs * per_epoch
+    bar.update(at["epoch"] * per_epoch + at["batch"])
+
+    def weight_at(step: int) -> float:
+        return kl_weight(args.kl_schedule, step / steps, args.kl_cycles, args.kl_max)
+
+    while at["epoch"] < args.epochs:
+        ratio = 1 - (1 - args.teacher_forcing) * at["epoch"] / max(1, args.epochs - 1)
+        batches = length_batches(lengths, args.batch_size, seed_all(args.seed, at["epoch"]))
+        for batch in batches[at["batch"] :]:
+            step = at["epoch"] * per_epoch + at["batch"]
+            generator = seed_all(args.seed, at["epoch"], step, at["retries"])
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, args.lr) * 0.5 ** at["retries"]
+
+            chosen = forms[batch]
+            if args.invented:
+                count = math.ceil(args.invented * len(batch))
+                chosen = verb_tensor([verbs.train[row] for row in batch] + invent_verbs(verbs.train, count, generator))
+            count = len(chosen)
+            chosen = chosen[:, :, : (chosen != END).sum(2).max() + 1]  # (B, 4, T)
+            rows = torch.arange(count)
+            tense = torch.rand(count, len(TENSES), generator=generator).argsort(1)  # a random order of the four
+            source = torch.randint(len(TENSES), (count,), generator=generator)
+            read = chosen[rows, source].to(device)  # (B, T), what the encoder reads
+            rows, target = rows.repeat(2), tense[:, :2].T.flatten()
+            right = chosen[rows, target].to(device)  # (2B, T), what the decoder spells: each verb in two tenses
+            noise = torch.randn(2 * count, args.latent_dim, generator=generator).to(device)
+            source, target = source.to(device), target.to(device)
+            with autocast(device):
+                mu, logvar = (part.float() for part in model.encoder(read, source))  # (B, k)
+                z = reparameterize(mu.repeat(2, 1), logvar.repeat(2, 1), noise)  # (2B, k)
+                given = F.pad(right, (1, -1), value=START)
+                if ratio < 1:
+                    with torch.no_grad():
+                        given = mix_letters(right, model.decoder(z, target, given), ratio)
+                logits = model.decoder(z, target, given).float()  # (2B, T, 28)
+            reconstruction = reconstruction_loss(logits, right).view(2, count).mean(0)  # (B,)
+            kl = kl_divergence(mu, logvar)
+            paid = torch.arange(count, device=device) < len(batch)  # an invented verb's code may lie where p(z) is 0
+            loss = (reconstruction + weight_at(step) * kl * paid).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+            reconstruction, kl = reconstruction[paid].mean().item(), kl[paid].mean().item()
+
+            if not math.isfinite(loss.item() + norm.item()):
+                retries = at["retries"] + 1
+                facts = (f"reconstruction {reconstruction}, KL {kl}, gradient norm {norm.item()} in epoch "
+                         f"{at['epoch'] + 1}, batch {at['batch'] + 1}")  # fmt: skip
+                if retries > 3:
+                    fail(f"{facts}, for the fourth time. Lower --lr (now {args.lr:g})")
+                tqdm.write(f"warning   {facts}: back to the last epoch's end at half the learning rate")
+                bar.update(-at["batch"])
+                restore(good)
+                at["retries"] = retries
+                break
+            optimizer.step()
+            with torch.no_grad():
+                pace = 1 - min(0.995, (1 + step) / (10 + step))
+                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), pace)
+            at["reconstruction"] += reconstruction * len(batch)
+            at["kl"] += kl * len(batch)
+            at["seen"] += len(batch)
+            at["batch"] += 1
+            bar.update()
+            if stop_signals:
+                save(snapshot())
+                raise KeyboardInterrupt
+        else:  # the epoch ended without a break
+            reconstruction, kl = at["reconstruction"] / at["seen"], at["kl"] / at["seen"]
+            weight = weight_at((at["epoch"] + 1) * per_epoch - 1)
+            drawn = generate(average, 100, args.seed)
+            history.append(
+                {
+                    "epoch": at["epoch"] + 1,
+                    "loss": reconstruction + weight * kl,
+                    "reconstruction": reconstruction,
+                    "kl": kl,
+                    "kl_weight": weight,
+                    "teacher_forcing": ratio,
+                    "bleu4": test_bleu4(verbs.tests, convert_tests(average, verbs.tests)),
+                    "gaussian_score": sum(verb in known for verb in drawn) / len(drawn),
+                }
+            )
+            bar.set_postfix_str(f"BLEU-4 {history[-1]['bleu4']:.2f}, Gaussian {history[-1]['gaussian_score']:.2f}")
+            at.update(epoch=at["epoch"] + 1, batch=0, reconstruction=0.0, kl=0.0, seen=0)
+            good = snapshot()
+            save(good)
+    return average.eval(), history
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# scores
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def bleu4(reference: str, prediction: str) -> float:
+    """BLEU over letters as the course scores it: up to 4-grams, up to 3-grams where the reference has three letters."""
+    weights = (1 / 3,) * 3 if len(reference) == 3 else (1 / 4,) * 4
+    return sentence_bleu([list(reference)], list(prediction), weights, SmoothingFunction().method1)
+
+
+@torch.no_grad()
+def convert(model: CVAE, words: list[str], source: list[int], target: list[int]) -> list[str]:
+    """Each of the words, read in its `source` tense, in its `target` tense: the decoder's likeliest at z = μ."""
+    device, spelled = next(model.parameters()).device, []
+    for part in range(0, len(words), 1000):
+        rows = slice(part, part + 1000)
+        mu, _ = model.encoder(encode_words(words[rows]).to(device), torch.tensor(source[rows], device=device))
+        spelled += model.spell(mu, torch.tensor(target[rows], device=device))
+    return spelled
+
+
+@torch.no_grad()
+def spell_verbs(model: CVAE, z: torch.Tensor) -> list[tuple[str, ...]]:
+    """Each code of z (B, k) in all four tenses."""
+    device, verbs = next(model.parameters()).device, []
+    for part in z.to(device).split(1000):
+        forms = [model.spell(part, torch.full((len(part),), tense, device=device)) for tense in range(len(TENSES))]
+        verbs += zip(*forms, strict=True)
+    return verbs
+
+
+def generate(model: CVAE, count: int, seed: int) -> list[tuple[str, ...]]:
+    """`count` verbs spelled from draws of N(0, I); the same draws in every epoch and model."""
+    latent_dim = model.encoder.head.out_features // 2
+    return spell_verbs(model, torch.randn(count, latent_dim, generator=seed_all(seed, count)))
+
+
+def convert_tests(model: CVAE, tests: list[tuple[str, str, int, int]]) -> list[str]:
+    words, _, source, target = (list(column) for column in zip(*tests, strict=True))
+    return convert(model, words, source, target)
+
+
+def test_bleu4(tests: list[tuple[str, str, int, int]], predictions: list[str]) -> float:
+    """Mean BLEU-4 over the test pairs."""
+    return sum(bleu4(test[1], word) for test, word in zip(tests, predictions, strict=True)) / len(tests)
+
+
+def score_generated(drawn: list[tuple[str, ...]], known: set[tuple[str, ...]]) -> tuple[float, float]:
+    """The share of drawn verbs that are a training line, and how many different ones there are in 100 draws."""
+    hundreds = [drawn[i : i + 100] for i in range(0, len(drawn), 100)]
+    distinct = sum(len(known.intersection(hundred)) for hundred in hundreds) / len(hundreds)
+    return sum(verb in known for verb in drawn) / len(drawn), distinct
+
+
+def score_held_out(model: CVAE, held_out: list[tuple[str, ...]]) -> tuple[float, float]:
+    """Share of exact conversions, and mean BLEU-4, over the twelve from each form of a verb to another."""
+    asked = [(verb[i], verb[j], i, j) for verb in held_out for i in range(4) for j in range(4) if i != j]
+    predictions = convert_tests(model, asked)
+    exact = sum(test[1] == word for test, word in zip(asked, predictions, strict=True)) / len(asked)
+    return exact, test_bleu4(asked, predictions)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# figures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure in inches, drawn without a display."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def plot_history(path: Path, histories: dict[str, list[dict]]) -> None:
+    """A column for each run: losses, KL weight and teacher forcing, and both scores against epochs."""
+    figure = new_figure(1.2 + 5.2 * len(histories), 8)
+    grid = figure.subplots(3, len(histories), squeeze=False, sharex="col", sharey="row")
+    for column, (name, history) in zip(grid.T, histories.items(), strict=True):
+        epochs = [row["epoch"] for row in history]
+        rows = (
+            ({"reconstruction": "reconstruction", "kl": "KL"}, "nats per word"),
+            ({"kl_weight": "KL weight", "teacher_forcing": "teacher forcing ratio"}, "weight, ratio"),
+            ({"bleu4": "BLEU-4, ten test conversions", "gaussian_score": "Gaussian score, 100 draws"}, "score"),
+        )
+        for panel, (keys, unit) in zip(column, rows, strict=True):
+            for key, label in keys.items():
+                panel.plot(epochs, [row[key] for row in history], label=label)
+            panel.set_ylabel(unit)
+            panel.legend()
+        column[0].set_yscale("symlog", linthresh=1.0)
+        column[0].set_ylim(bottom=0)
+        column[0].set_title(f"{name} KL weight", fontsize=10)
+        column[2].set_ylim(0, 1.02)
+        column[2].set_xlabel("epoch")
+        column[2].xaxis.get_major_locator().set_params(integer=True)
+    save_figure(figure, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def build_model(state: dict, key: str = "average") -> CVAE:
+    """The network that a checkpoint describes, with the weights that it holds under `key`."""
+    model = CVAE(state["settings"]["latent_dim"], state["settings"]["hidden_dim"])
+    try:
+        model.load_state_dict(state[key])
+    except RuntimeError:
+        fail("the checkpoint was trained by another version of cvae.py. Train again without --resume")
+    return model.eval()
+
+
+def load_finished(folder: Path) -> CVAE:
+    """The model of the finished run in `folder`."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        fail(f"{folder}: no run there. Train first, or name its folder with --out")
+    state = load_checkpoint(path, "cvae", {})
+    if "average" not in state:
+        fail(f"{folder}: its run is not finished. Go on with it: --resume")
+    return build_model(state)
+
+
+def write_table(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def between(model: CVAE, first: str, last: str, steps: int = 9) -> list[tuple[str, ...]]:
+    """The verbs on the straight line between the codes of two in the present tense, ends included."""
+    mu, _ = model.encoder(encode_words([first, last]), torch.zeros(2, dtype=torch.long))
+    return spell_verbs(model, torch.lerp(mu[:1], mu[1:], torch.linspace(0, 1, steps)[:, None]))
+
+
+def use_finished(args: argparse.Namespace) -> dict:
+    """What --convert, --generate and --interpolate print."""
+    model = load_finished(args.out)
+    if args.convert:
+        source, target = TENSES.index(args.from_tense), TENSES.index(args.to_tense)
+        [word] = convert(model, [check_word(args.convert, "--convert")], [source], [target])
+        print(f"{args.convert} ({args.from_tense}) -> {word} ({args.to_tense})")
+        return {"word": word}
+    if args.interpolate:
+        first, last = (check_word(word, "--interpolate") for word in args.interpolate)
+        verbs = between(model, first, last)
+    else:
+        verbs = generate(model, args.generate, args.seed)
+    for verb in [TENSES, *verbs]:
+        print("  ".join(f"{word:16}" for word in verb).rstrip())
+    return {"verbs": verbs}
+
+
+def run(args: argparse.Namespace, verbs: Verbs, folder: Path) -> dict:
+    """Train, score, and leave everything in `folder`."""
+    begin = time.monotonic()
+    device = pick_device(args.device)
+    kept = ("latent_dim", "hidden_dim", "epochs", "batch_size", "lr", "kl_schedule", "kl_cycles", "kl_max",
+            "teacher_forcing", "invented", "holdout", "seed", "limit")  # fmt: skip
+    settings = {name: getattr(args, name) for name in kept} | verbs.hashes
+    checkpoint, finished = folder / "checkpoint.pt", folder / "metrics.json"
+    state = load_checkpoint(checkpoint, "cvae", settings) if args.resume and checkpoint.exists() else None
+    if state and finished.exists():
+        print(f"finished  {folder} holds this run's end already")
+        return json.loads(finished.read_text(encoding="utf-8"))
+    open_run(folder, args.resume, describe_run(args, verbs.hashes))
+    state = state or {"script": "cvae", "settings": settings, "partial": None, "seconds": 0.0}
+    earlier = state["seconds"]
+
+    def save(partial: dict) -> None:
+        state["partial"], state["seconds"] = partial, earlier + time.monotonic() - begin
+        with atomic(checkpoint) as temporary:
+            torch.save(state, temporary)
+
+    seed_all(args.seed)
+    model = CVAE(args.latent_dim, args.hidden_dim).to(device)
+    steps = args.epochs * math.ceil(len(verbs.train) / args.batch_size)
+    with tqdm(total=steps, desc=args.kl_schedule, unit="batch", disable=None, leave=False) as bar:
+        model, history = train(model, verbs, args, state["partial"], save, bar)
+    model = model.cpu()
+    return leave_results(folder, model, verbs, history, args, state, earlier + time.monotonic() - begin)
+
+
+def leave_results(
+    folder: Path, model: CVAE, verbs: Verbs, history: list[dict], args: argparse.Namespace, state: dict, seconds: float
+) -> dict:
+    """Score the finished model; write the tables, the figure, metrics.json and the model, and print the scores."""
+    begin = time.monotonic()
+    known = set(verbs.train)
+    predictions, drawn = convert_tests(model, verbs.tests), generate(model, 10_000, args.seed)
+    hundred = generate(model, 100, args.seed)
+    large, distinct = score_generated(drawn, known)
+    exact, bleu = score_held_out(model, verbs.held_out) if verbs.held_out else (None, None)
+    last = history[-1]
+    metrics = {
+        "bleu4": test_bleu4(verbs.tests, predictions),
+        "gaussian_score": score_generated(hundred, known)[0],
+        "gaussian_score_10000": large,
+        "distinct_valid_per_100": distinct,
+        "heldout_exact": exact,
+        "heldout_bleu4": bleu,
+        "heldout_verbs": len(verbs.held_out),
+        "test_verbs_trained_on": not verbs.held_out,
+        "reconstruction": last["reconstruction"],
+        "kl": last["kl"],
+        "verbs": len(verbs.train),
+        "epochs": args.epochs,
+        "latent_dim": args.latent_dim,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    table = [
+        (source, f"{TENSES[i]} -> {TENSES[j]}", target, word)
+        for (source, target, i, j), word in zip(verbs.tests, predictions, strict=True)
+    ]
+    write_table(folder / "history.csv", tuple(last), [tuple(row.values()) for row in history])
+    write_table(folder / "conversions.csv", ("input", "tenses", "target", "prediction"), table)
+    write_table(folder / "generated.csv", (*TENSES, "training line"), [(*v, v in known) for v in hundred])
+    first, final = verbs.train[0][0], verbs.train[-1][0]
+    write_table(folder / "interpolation.csv", TENSES, between(model, first, final))
+    plot_history(folder / "training.png", {args.kl_schedule: history})
+    metrics["seconds"] = seconds + time.monotonic() - begin
+    state |= {"partial": None, "average": model.state_dict(), "seconds": metrics["seconds"]}
+    with atomic(folder / "checkpoint.pt") as temporary:
+        torch.save(state, temporary)
+    write_json(folder / "metrics.json", metrics)
+
+    print("input            tenses                        target           prediction")
+    for source, tenses, target, word in table:
+        print(f"{source:16} {tenses:29} {target:16} {word:16}" + ("" if word == target else " wrong"))
+    print("from N(0, I):    " + "; ".join(" ".join(verb) + ("" if verb in known else " (no training line)")
+                                         for verb in hundred[:4]))  # fmt: skip
+    where = "verbs left out of training" if verbs.held_out else "training verbs, so this is memory"
+    print(f"BLEU-4    {metrics['bleu4']:.3f} over {len(table)} conversions of {where}")
+    print(f"Gaussian  {metrics['gaussian_score']:.2f} of 100 draws and {large:.4f} of 10,000 are a training line; "
+          f"{distinct:.1f} different ones in 100")  # fmt: skip
+    if verbs.held_out:
+        print(f"held out  {exact:.3f} exact, BLEU-4 {bleu:.3f} over the 12 conversions of {len(verbs.held_out)} verbs")
+    else:
+        print("held out  none; --holdout 100 tells how well verbs that it never saw are turned")
+    print(f"wrote     tables, training.png, metrics.json and the model in {folder}/ ({metrics['seconds']:.0f} s)")
+    return metrics
+
+
+def compare_schedules(args: argparse.Namespace, verbs: Verbs) -> dict:
+    """A run for the monotonic and one for the cyclical KL weight in <out>/<schedule>/, and schedules.png of both."""
+    histories, metrics = {}, {}
+    for schedule in SCHEDULES[:2]:
+        print(f"\n{schedule}")
+        own = argparse.Namespace(**vars(args) | {"kl_schedule": schedule})
+        metrics[schedule] = run(own, verbs, args.out / schedule)
+        with open(args.out / schedule / "history.csv", encoding="utf-8") as file:
+            histories[schedule] = [{key: float(v) for key, v in row.items()} for row in csv.DictReader(file)]
+    plot_history(args.out / "schedules.png", histories)
+    print(f"\nwrote     {args.out}/schedules.png")
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the command line `argv` and return the final metrics; with --compare-schedules, by schedule."""
+    args = parse_args(argv)
+    catch_signals()
+    try:
+        if args.convert or args.generate or args.interpolate:
+            return use_finished(args)
+        folder = find_data(args.data)
+        print(f"data      {folder}" + (f", the bundled sample. {SOURCE}" if folder.name == "sample" else ""))
+        verbs = read_verbs(folder, args.holdout, args.limit, args.seed)
+        if args.compare_schedules:
+            return compare_schedules(args, verbs)
+        metrics = run(args, verbs, args.out)
+        print(f"next      python {sys.argv[0]} --convert walk --to past --out {args.out}")
+        return metrics
+    except KeyboardInterrupt:
+        number = stop_signals[0] if stop_signals else signal.SIGINT
+        words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
+        print(f"stopped   saved; go on with: {shlex.join(['python', sys.argv[0], *words, '--resume'])}")
+        raise SystemExit(128 + number) from None
+    finally:
+        while held_locks:
+            os.close(held_locks.pop())
+
+
+if __name__ == "__main__":
+    main()
