@@ -37,6 +37,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -65,6 +66,12 @@ SOURCE = (
 LABEL_NAMES = ("category", "label", "class", "class index")
 ID_NAMES = ("id", "index")
 PAD, UNK = 0, 1
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
+OPTIMIZERS = {
+    "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.98)),
+    "adam": partial(torch.optim.Adam, betas=(0.9, 0.98)),
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+}
 TOKENIZERS = ("basic_english", "spacy", "nltk", "whitespace")
 LSA_WIDTH = 32  # more dimensions tell the training texts apart, not the classes: 200 lost a point to 50
 MAX_FIELD = 100_000  # characters in one csv field; the longest news text of the competition has 1,012
@@ -105,13 +112,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--heads", type=positive, default=4, help="attention heads; divides --dim")
     add("--dim", type=positive, default=64, help="width of the encoder")
     add("--dropout", type=fraction, default=0.3, help="probability, inside the encoder")
+    add("--activation", choices=tuple(ACTIVATIONS), default="gelu", help="of the feed-forward networks")
     add = parser.add_argument_group("training").add_argument
     add("--folds", type=positive, default=5, help="of the stratified cross-validation: each row is held out once")
     add("--seeds", type=positive, default=1, help="models per fold, averaged")
     add("--epochs", type=positive, default=15, help="passes over a fold's training rows")
     add("--batch-size", type=positive, default=32, help="texts a step, over all processes")
-    add("--lr", type=positive_float, default=1e-3, help="peak learning rate of AdamW")
-    add("--weight-decay", type=not_negative, default=0.01, help="of AdamW, on matrices")
+    add("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="sgd has momentum 0.9 and wants --lr 0.1")
+    add("--lr", type=positive_float, default=1e-3, help="peak learning rate")
+    add("--weight-decay", type=not_negative, default=0.01, help="on matrices")
     add("--word-dropout", type=fraction, default=0.3, help="probability that a word becomes <unk>")
     add("--label-smoothing", type=fraction, default=0.1, help="share of the target that is spread over all classes")
     add("--r-drop", type=not_negative, default=1.0, help="weight of the KL between two dropout passes, 0 for none")
@@ -643,9 +652,9 @@ class EncoderLayer(nn.Module):
     2020, fig. 1b.
     """
 
-    def __init__(self, dim: int, heads: int, dropout: float):
+    def __init__(self, dim: int, heads: int, dropout: float, activation: str = "gelu"):
         super().__init__()
-        self.heads = heads
+        self.heads, self.activation = heads, ACTIVATIONS[activation]
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.query_key_value, self.merge = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.widen, self.narrow = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
@@ -667,7 +676,7 @@ class EncoderLayer(nn.Module):
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         x = x + self.dropout(self.merge(mixed.transpose(1, 2).reshape(B, T, dim)))
-        hidden = self.dropout(F.gelu(self.widen(self.feed_forward_norm(x))))
+        hidden = self.dropout(self.activation(self.widen(self.feed_forward_norm(x))))
         return x + self.dropout(self.narrow(hidden)), attn_weights
 
 
@@ -679,14 +688,14 @@ class TransformerClassifier(nn.Module):
     """
 
     def __init__(self, features: torch.Tensor, roots: torch.Tensor, grams: int, classes: int, max_length: int, dim: int,
-                 heads: int, layers: int, dropout: float):  # fmt: skip
+                 heads: int, layers: int, dropout: float, activation: str = "gelu"):  # fmt: skip
         super().__init__()
         self.register_buffer("features", features, persistent=False)
         self.register_buffer("roots", roots, persistent=False)
         self.register_buffer("evidence", torch.zeros(grams, classes))
         self.project = nn.Linear(features.shape[1] + classes, dim)
         self.position = nn.Parameter(0.02 * torch.randn(max_length, dim))
-        self.layers = nn.ModuleList(EncoderLayer(dim, heads, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(EncoderLayer(dim, heads, dropout, activation) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.classify = nn.Linear(dim, classes)
         self.input_dropout, self.output_dropout = Dropout(0.1), Dropout(dropout)
@@ -784,7 +793,7 @@ def train_member(
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=device.type != "mps")
+    optimizer = OPTIMIZERS[args.optimizer](groups, lr=args.lr, fused=device.type != "mps")
     at = {"epoch": 0, "batch": 0, "nll": 0.0, "hits": 0.0, "seen": 0, "retries": 0}
     history: list[dict] = []
 
@@ -1069,7 +1078,7 @@ def write_submission(path: Path, news: News, predicted: torch.Tensor) -> None:
 
 def build_model(state: dict) -> TransformerClassifier:
     """The network that a checkpoint describes, with fresh weights."""
-    shape = (state["settings"][name] for name in ("dim", "heads", "layers", "dropout"))
+    shape = (state["settings"][name] for name in ("dim", "heads", "layers", "dropout", "activation"))
     grams = len(state["roots"]) + len(state["pairs"])
     return TransformerClassifier(state["features"], state["roots"], grams, len(state["classes"]), state["max_length"],
                                  *shape)  # fmt: skip

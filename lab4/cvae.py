@@ -416,13 +416,6 @@ def until_end(tokens: torch.Tensor) -> torch.Tensor:
     return F.pad(tokens != END, (1, 0), value=True)[:, : tokens.shape[1]]
 
 
-def length_batches(lengths: torch.Tensor, size: int, generator: torch.Generator) -> list[torch.Tensor]:
-    """Rows in random batches, those of a batch of like length: shuffled, then sorted within eight batches' rows."""
-    stretches = torch.randperm(len(lengths), generator=generator).split(8 * size)
-    batches = [batch for rows in stretches for batch in rows[lengths[rows].argsort()].split(size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-
 def invent_verbs(verbs: list[tuple[str, ...]], count: int, generator: torch.Generator) -> list[tuple[str, ...]]:
     """`count` verbs that are none: the head of one verb's common stem before the tail of another, its endings kept.
 
@@ -604,7 +597,6 @@ def train(
     restore(good)
     known = set(verbs.train)
     forms = verb_tensor(verbs.train)  # (N, 4, T)
-    lengths = (forms != END).sum(2).amax(1)  # (N,) letters of each verb's longest form
     per_epoch = math.ceil(len(forms) / args.batch_size)
     steps = args.epochs * per_epoch
     bar.update(at["epoch"] * per_epoch + at["batch"])
@@ -614,8 +606,8 @@ def train(
 
     while at["epoch"] < args.epochs:
         ratio = 1 - (1 - args.teacher_forcing) * at["epoch"] / max(1, args.epochs - 1)
-        batches = length_batches(lengths, args.batch_size, seed_all(args.seed, at["epoch"]))
-        for batch in batches[at["batch"] :]:
+        order = torch.randperm(len(forms), generator=seed_all(args.seed, at["epoch"]))  # batches of like length: worse
+        for batch in order.split(args.batch_size)[at["batch"] :]:
             step = at["epoch"] * per_epoch + at["batch"]
             generator = seed_all(args.seed, at["epoch"], step, at["retries"])
             for group in optimizer.param_groups:
