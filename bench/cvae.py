@@ -37,15 +37,15 @@ def words_one_by_one(verbs, args) -> int:
     model = cvae.CVAE(args.latent_dim, args.hidden_dim)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     count = 0
-    for verb in verbs.train[: args.words // 4]:
-        for tense, form in enumerate(verb):
+    for forms in verbs.train[: args.words // 4]:
+        for tense, form in enumerate(forms):
             word, number = cvae.encode_words([form]), torch.tensor([tense])
             mu, logvar = model.encoder(word, number)
             state = model.decoder.verb(cvae.reparameterize(mu, logvar, torch.randn_like(mu)))
             letter, loss = torch.tensor([[cvae.START]]), args.kl_max * cvae.kl_divergence(mu, logvar).sum()
             for right in word[0]:
-                states, state = model.decoder.spell(letter, number, state)
-                loss = loss + F.cross_entropy(model.decoder.out(states)[:, 0], right[None])
+                logits, state = model.decoder.spell(letter, number, state)
+                loss = loss + F.cross_entropy(logits[:, 0], right[None])
                 letter = right.view(1, 1)
             optimizer.zero_grad()
             loss.backward()

@@ -45,6 +45,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+from torch.nn.utils.rnn import pack_padded_sequence
 from tqdm import tqdm
 
 try:
@@ -65,7 +66,7 @@ MAX_LETTERS = 20  # of a word; the longest in the course's file has 15
 SCHEDULES = ("monotonic", "cyclical", "constant")
 LETTER_DIM, TENSE_DIM = 64, 16  # widths of the embeddings
 MAX_NORM = 1.0  # of the gradient
-RAMP = 0.5  # share of a schedule in which the KL weight grows
+RAMP = 0.3  # share of a schedule in which the KL weight grows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -441,27 +442,28 @@ def invent_verbs(verbs: list[tuple[str, ...]], count: int, generator: torch.Gene
 
 
 class Encoder(nn.Module):
-    """A word (B, T) in a tense (B,) -> mu, logvar (B, k) each: a GRU whose first state is the tense's embedding."""
+    """A word (B, T) in a tense (B,) -> mu, logvar (B, k) each: a GRU both ways, started by the tense."""
 
     def __init__(self, latent_dim: int, hidden_dim: int):
         super().__init__()
         self.letters = nn.Embedding(TOKENS, LETTER_DIM)
         self.tense = nn.Embedding(len(TENSES), hidden_dim)
-        self.gru = nn.GRU(LETTER_DIM, hidden_dim, batch_first=True)
-        self.head = nn.Linear(hidden_dim, 2 * latent_dim)
+        self.gru = nn.GRU(LETTER_DIM, hidden_dim, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(2 * hidden_dim, 2 * latent_dim)
         nn.init.constant_(self.head.bias[latent_dim:], -3.0)  # σ = .22 at the start: a code that can be read
 
     def forward(self, words: torch.Tensor, tense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        states, _ = self.gru(self.letters(words), self.tense(tense)[None])  # (B, T, hidden)
-        last = until_end(words).sum(1) - 1  # what comes after the first END is padding
-        mu, logvar = self.head(states[torch.arange(len(words), device=words.device), last]).chunk(2, 1)
+        lengths = until_end(words).sum(1).cpu()  # what comes after the first END is padding
+        packed = pack_padded_sequence(self.letters(words), lengths, batch_first=True, enforce_sorted=False)
+        _, last = self.gru(packed, self.tense(tense).repeat(2, 1, 1))  # (2, B, hidden): at the word's end, at its start
+        mu, logvar = self.head(torch.cat([*last], 1)).chunk(2, 1)
         return mu, logvar.clamp(-12.0, 4.0)
 
 
 class Decoder(nn.Module):
     """A code (B, k) and a tense (B,) -> logits of the letters, from a GRU whose first state is a network of the code.
 
-    Only the letters' input tells the tense, so which verb a code means is decided once, the same for all four tenses.
+    The code is not told again with each letter: which verb it means is decided once, the same for all four tenses.
     """
 
     def __init__(self, latent_dim: int, hidden_dim: int):
@@ -477,13 +479,13 @@ class Decoder(nn.Module):
 
     def forward(self, z: torch.Tensor, tense: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, 28) of the letters that follow each of `given` (B, T)."""
-        return self.out(self.spell(given, tense, self.verb(z))[0])
+        return self.spell(given, tense, self.verb(z))[0]
 
     def spell(self, given: torch.Tensor, tense: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states (B, T, hidden) after each of `given`, and the last one."""
+        """Go on from `state` (B, hidden) over the letters `given`: logits (B, T, 28), and the state after them."""
         tense = self.tense(tense)[:, None].expand(-1, given.shape[1], -1)
         states, last = self.gru(torch.cat([self.letters(given), tense], -1), state[None])
-        return states, last[0]
+        return self.out(states), last[0]
 
 
 class CVAE(nn.Module):
@@ -500,8 +502,7 @@ class CVAE(nn.Module):
         ended = torch.zeros_like(letter, dtype=torch.bool)
         state, word = self.decoder.verb(z), []
         for _ in range(MAX_LETTERS):
-            states, state = self.decoder.spell(letter, tense, state)
-            logits = self.decoder.out(states)
+            logits, state = self.decoder.spell(letter, tense, state)
             letter = logits[..., START + 1 :].argmax(-1) + START + 1  # no word has a START
             word.append(letter)
             ended |= letter == END
