@@ -7,7 +7,8 @@ verb in any tense c_j. For every q, by Jensen's inequality (Sohn et al. 2015, eq
                   >= E q(z|x_i,c_i) [log p(x_j|z,c_j)] - KL(q(z|x_i,c_i) || p(z)),        p(z) = N(0, I)
     loss           = reconstruction + w KL, nats per word; the schedule of w is --kl-schedule (Fu et al. 2019)
 
-z does not depend on c_j, so one code has to serve all four tenses: what it holds is the verb and not the form.
+z does not depend on c_j, so one code has to serve all four tenses: what it holds is the verb and not the form. Later in
+training the decoder also learns to spell draws of N(0, I), each as the verb that it is likeliest a code of.
 
     python lab4/cvae.py                             train.txt and test.txt in data/, else the bundled sample
     python lab4/cvae.py --convert walk --to past    with the trained model
@@ -70,12 +71,14 @@ DEFAULTS = {
     "latent_dim": (4, 48),
     "kl_max": (0.3, 0.02),
     "invented": (0.0, 3.0),
-    "epochs": (200, 80),
+    "prior_draws": (1.0, 0.0),
+    "epochs": (150, 80),
     "batch_size": (64, 32),
     "lr": (4e-3, 3e-3),
 }
 LETTER_DIM, TENSE_DIM = 64, 16  # widths of the embeddings
 MAX_NORM = 1.0  # of the gradient
+PRIOR_FROM = 0.4  # share of the steps after which the decoder learns from prior draws too
 RAMP = 0.3  # share of a schedule in which the KL weight grows
 
 
@@ -123,6 +126,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         f"{otherwise['kl_max']}")
     add("--invented", type=not_negative, metavar="RATIO", help="made-up verbs for each real one in a batch; "
         f"{otherwise['invented']}")
+    add("--prior-draws", type=not_negative, metavar="RATIO", help="codes from N(0, I) for each verb in a batch, which the "
+        f"decoder learns to spell as the likeliest verb; {otherwise['prior_draws']}")
     add("--teacher-forcing", type=share, default=0.9, metavar="SHARE", help="of the letters that the decoder is given, "
         "those that are right, in the last epoch; in the first all are")
     args = parser.parse_args(argv)
@@ -493,7 +498,7 @@ class Decoder(nn.Module):
 
     def spell(self, given: torch.Tensor, tense: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Go on from `state` (B, hidden) over the letters `given`: logits (B, T, 28), and the state after them."""
-        tense = self.tense(tense)[:, None].expand(-1, given.shape[1], -1)
+        tense = self.tense(tense)[:, None] * (given != START)[..., None]  # the first letter is the verb's, in any tense
         states, last = self.gru(torch.cat([self.letters(given), tense], -1), state[None])
         return self.out(states), last[0]
 
@@ -554,6 +559,18 @@ def kl_weight(schedule: str, progress: float, cycles: int, largest: float) -> fl
     return largest * min(1.0, within / RAMP)
 
 
+@torch.no_grad()
+def likeliest_verbs(z: torch.Tensor, mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """For each code of z (B, k) the verb, of N, that it most likely is a code of: argmax_n Σ_i q(z|x_ni, c_i) -> (B,).
+
+    mu and logvar (N, 4, k) are all posteriors. Where p(z) has mass and no posterior has, a decoder that saw posteriors
+    only spells nothing; told these verbs there, it learns to divide all of N(0, I) among them.
+    """
+    mu, precision, volume = mu.flatten(0, 1), (-logvar).exp().flatten(0, 1), logvar.sum(2).flatten()
+    square = z.square() @ precision.T - 2 * z @ (mu * precision).T + (mu.square() * precision).sum(1)  # (B, 4N)
+    return (-0.5 * (square + volume)).unflatten(1, (-1, len(TENSES))).logsumexp(2).argmax(1)
+
+
 def mix_letters(right: torch.Tensor, logits: torch.Tensor, ratio: float) -> torch.Tensor:
     """The letters that the decoder is given, (B, T): START, then of each word's letters the right one at `ratio`.
 
@@ -590,16 +607,17 @@ def train(
     average = copy.deepcopy(model)  # of the weights over the last two hundred steps: what is scored and kept
     at = {"epoch": 0, "batch": 0, "reconstruction": 0.0, "kl": 0.0, "seen": 0, "retries": 0}
     history: list[dict] = []
+    posteriors: list[torch.Tensor] = []  # mu and logvar (N, 4, k) of all training verbs, when the epoch began
 
     def snapshot() -> dict:
         parts = {"at": at, "history": history, "model": model.state_dict(), "average": average.state_dict(),
-                 "optimizer": optimizer.state_dict()}  # fmt: skip
+                 "optimizer": optimizer.state_dict(), "posteriors": posteriors}  # fmt: skip
         return copy.deepcopy(parts)
 
     def restore(state: dict) -> None:
         state = copy.deepcopy(state)
         at.update(state["at"])
-        history[:] = state["history"]
+        history[:], posteriors[:] = state["history"], state["posteriors"]
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -618,6 +636,9 @@ def train(
     while at["epoch"] < args.epochs:
         ratio = 1 - (1 - args.teacher_forcing) * at["epoch"] / max(1, args.epochs - 1)
         order = torch.randperm(len(forms), generator=seed_all(args.seed, at["epoch"]))  # batches of like length: worse
+        from_prior = args.prior_draws > 0 and at["epoch"] >= PRIOR_FROM * args.epochs
+        if from_prior and at["batch"] == 0:
+            posteriors[:] = encode_verbs(average, forms)
         for batch in order.split(args.batch_size)[at["batch"] :]:
             step = at["epoch"] * per_epoch + at["batch"]
             generator = seed_all(args.seed, at["epoch"], step, at["retries"])
@@ -650,6 +671,17 @@ def train(
             kl = kl_divergence(mu, logvar)
             paid = torch.arange(count, device=device) < len(batch)  # an invented verb's code may lie where p(z) is 0
             loss = (reconstruction + weight_at(step) * kl * paid).mean()
+            if from_prior:
+                z = torch.randn(math.ceil(args.prior_draws * len(batch)), args.latent_dim, generator=generator).to(
+                    device
+                )
+                verb = forms[likeliest_verbs(z, *posteriors).cpu()]
+                target = torch.randint(len(TENSES), (2, len(z)), generator=generator)
+                right = verb[torch.arange(len(z)), target].flatten(0, 1).to(device)  # (2B', T)
+                given = F.pad(right, (1, -1), value=START)
+                with autocast(device):
+                    logits = model.decoder(z.repeat(2, 1), target.flatten().to(device), given).float()
+                loss = loss + args.prior_draws * reconstruction_loss(logits, right).mean()
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
@@ -699,6 +731,15 @@ def train(
             good = snapshot()
             save(good)
     return average.eval(), history
+
+
+@torch.no_grad()
+def encode_verbs(model: CVAE, forms: torch.Tensor) -> list[torch.Tensor]:
+    """mu and logvar (N, 4, k) of verbs (N, 4, T)."""
+    device = next(model.parameters()).device
+    tense = torch.arange(len(TENSES), device=device)
+    parts = [model.encoder(part.flatten(0, 1).to(device), tense.repeat(len(part))) for part in forms.split(128)]
+    return [torch.cat(part).unflatten(0, (-1, len(TENSES))) for part in zip(*parts, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -866,7 +907,7 @@ def run(args: argparse.Namespace, verbs: Verbs, folder: Path) -> dict:
     begin = time.monotonic()
     device = pick_device(args.device)
     kept = ("latent_dim", "hidden_dim", "epochs", "batch_size", "lr", "kl_schedule", "kl_cycles", "kl_max",
-            "teacher_forcing", "invented", "holdout", "seed", "limit")  # fmt: skip
+            "teacher_forcing", "invented", "prior_draws", "holdout", "seed", "limit")  # fmt: skip
     settings = {name: getattr(args, name) for name in kept} | verbs.hashes
     checkpoint, finished = folder / "checkpoint.pt", folder / "metrics.json"
     state = load_checkpoint(checkpoint, "cvae", settings) if args.resume and checkpoint.exists() else None
