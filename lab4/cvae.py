@@ -126,8 +126,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         f"{otherwise['kl_max']}")
     add("--invented", type=not_negative, metavar="RATIO", help="made-up verbs for each real one in a batch; "
         f"{otherwise['invented']}")
-    add("--prior-draws", type=not_negative, metavar="RATIO", help="codes from N(0, I) for each verb in a batch, which the "
-        f"decoder learns to spell as the likeliest verb; {otherwise['prior_draws']}")
+    add("--prior-draws", type=not_negative, metavar="RATIO", help="codes from N(0, I) for each verb in a batch, which "
+        f"the decoder learns to spell as the likeliest verb; {otherwise['prior_draws']}")
     add("--teacher-forcing", type=share, default=0.9, metavar="SHARE", help="of the letters that the decoder is given, "
         "those that are right, in the last epoch; in the first all are")
     args = parser.parse_args(argv)
@@ -1019,7 +1019,7 @@ def main(argv: list[str] | None = None) -> dict:
         if args.compare_schedules:
             return compare_schedules(args, verbs)
         metrics = run(args, verbs, args.out)
-        print(f"next      python {sys.argv[0]} --convert walk --to past --out {args.out}")
+        print(f"next      python {sys.argv[0]} --convert {verbs.train[0][0]} --to past --out {args.out}")
         return metrics
     except KeyboardInterrupt:
         number = stop_signals[0] if stop_signals else signal.SIGINT

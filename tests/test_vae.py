@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,20 +25,7 @@ import vae_anime  # noqa: E402
 import vae_mnist  # noqa: E402
 
 TWINS = [vae_mnist, vae_anime]
-SMALL = [
-    "--epochs",
-    "2",
-    "--batch-size",
-    "16",
-    "--latent-dim",
-    "4",
-    "--iwae",
-    "4",
-    "--iwae-images",
-    "3",
-    "--device",
-    "cpu",
-]
+SMALL = shlex.split("--epochs 2 --batch-size 16 --latent-dim 4 --iwae 4 --iwae-images 3 --device cpu")
 
 
 def digits(count=60, size=28):
