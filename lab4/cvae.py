@@ -550,7 +550,7 @@ def reconstruction_loss(logits: torch.Tensor, words: torch.Tensor) -> torch.Tens
 def kl_weight(schedule: str, progress: float, cycles: int, largest: float) -> float:
     """The weight of the KL when the share `progress` of all steps is done.
 
-    monotonic: grows from 0 in the first RAMP of the steps, then stays (Bowman et al. 2016). cyclical: does so in each of
+    monotonic: grows from 0 in the first RAMP of the steps (Bowman et al. 2016). cyclical: does so in each of
     the cycles (Fu et al. 2019, eqs. 6 and 7 with R = RAMP). constant: `largest` throughout.
     """
     if schedule == "constant":
