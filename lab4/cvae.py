@@ -564,7 +564,7 @@ def likeliest_verbs(z: torch.Tensor, mu: torch.Tensor, logvar: torch.Tensor) -> 
     """For each code of z (B, k) the verb, of N, that it most likely is a code of: argmax_n Σ_i q(z|x_ni, c_i) -> (B,).
 
     mu and logvar (N, 4, k) are all posteriors. Where p(z) has mass and no posterior has, a decoder that saw posteriors
-    only spells nothing; told these verbs there, it learns to divide all of N(0, I) among them.
+    only mixes verbs; told the likeliest there, it learns to divide all of N(0, I) among them.
     """
     mu, precision, volume = mu.flatten(0, 1), (-logvar).exp().flatten(0, 1), logvar.sum(2).flatten()
     square = z.square() @ precision.T - 2 * z @ (mu * precision).T + (mu.square() * precision).sum(1)  # (B, 4N)
@@ -672,12 +672,11 @@ def train(
             paid = torch.arange(count, device=device) < len(batch)  # an invented verb's code may lie where p(z) is 0
             loss = (reconstruction + weight_at(step) * kl * paid).mean()
             if from_prior:
-                z = torch.randn(math.ceil(args.prior_draws * len(batch)), args.latent_dim, generator=generator).to(
-                    device
-                )
+                count = math.ceil(args.prior_draws * len(batch))
+                z = torch.randn(count, args.latent_dim, generator=generator).to(device)
                 verb = forms[likeliest_verbs(z, *posteriors).cpu()]
-                target = torch.randint(len(TENSES), (2, len(z)), generator=generator)
-                right = verb[torch.arange(len(z)), target].flatten(0, 1).to(device)  # (2B', T)
+                target = torch.randint(len(TENSES), (2, count), generator=generator)
+                right = verb[torch.arange(count), target].flatten(0, 1).to(device)  # (2B', T)
                 given = F.pad(right, (1, -1), value=START)
                 with autocast(device):
                     logits = model.decoder(z.repeat(2, 1), target.flatten().to(device), given).float()

@@ -53,6 +53,10 @@ def fail(message: str) -> None:
     raise SystemExit(2)
 
 
+def ablation_key(name: str) -> str:
+    return "ablation/" + name.replace(" ", "-").replace(",", "").lower()
+
+
 def plan(runs: Path, data: Path | None, quick: bool) -> list[Step]:
     """Every command that the report draws on, in order."""
 
@@ -70,8 +74,7 @@ def plan(runs: Path, data: Path | None, quick: bool) -> list[Step]:
     steps.append(Step("measured", runs / "transformer" / "measured.json", measure))
     steps.append(step("comparison", "transformer.py", [*few, "--compare-tokenizers"], done="tokenizers/tokenizers.csv"))
     for name, flags in ABLATION.items():
-        slug = name.replace(" ", "-").replace(",", "").lower()
-        steps.append(step(f"ablation/{slug}", "transformer.py", ["--epochs", "2" if quick else "8", *flags]))
+        steps.append(step(ablation_key(name), "transformer.py", ["--epochs", "2" if quick else "8", *flags]))
     for key, file, quick_epochs, sweep_epochs in (
         ("vae_mnist", "TibetanMNIST.npz", "4", "8"), ("vae_anime", "anime-faces.zip", "2", "2"),
     ):  # fmt: skip
@@ -107,8 +110,7 @@ def read_runs(steps: list[Step]) -> dict:
 
     ablation = []
     for name, flags in ABLATION.items():
-        slug = name.replace(" ", "-").replace(",", "").lower()
-        [step] = [step for step in steps if step.key == f"ablation/{slug}"]
+        [step] = [step for step in steps if step.key == ablation_key(name)]
         if step.done.exists():
             ablation.append({"name": name, "flags": " ".join(flags), **json.loads(step.done.read_text())})
     return {"missing": {step.key: shown(step) for step in steps if not step.done.exists()}, "ablation": ablation}

@@ -3,7 +3,7 @@
     python report/measure.py runs/transformer         leaves measured.json there
 
 Attention is not asked whether it looks sensible, but whether it matters: the tokens that it rests on most are deleted
-from each held-out text, and in their place as many random ones, and the two drops in the probability of the predicted
+from each held-out text, or as many random ones instead, and the two drops in the probability of the predicted
 class are compared. Deleted words are gone, not masked. The naive Bayes vote is left out: it does not attend.
 """
 
