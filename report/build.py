@@ -99,6 +99,8 @@ def run_missing(steps: list[Step], runs: Path) -> None:
         print(f"\nrun       {shlex.join(step.command)}")
         if subprocess.run(step.command, cwd=where, check=False).returncode:
             fail("that command failed; its lines above say why. Mend it, then run this again: finished runs are kept")
+        if step.key == "transformer":
+            print(f"kept      {where / 'submission.csv'}, to upload")
 
 
 def read_runs(steps: list[Step]) -> dict:
