@@ -35,6 +35,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -204,16 +205,19 @@ def start_processes(device: torch.device) -> tuple[int, int]:
 stop_signals: list[int] = []  # what has arrived; the training loop looks here after each batch
 
 
-def catch_signals() -> None:
-    """Let Ctrl-C and SIGTERM wait for the end of the batch; a second one ends the program at once."""
+def catch_signals(finish_batch: bool) -> None:
+    """Let Ctrl-C and SIGTERM wait for the end of the batch, or else raise KeyboardInterrupt; a second one kills."""
 
     def handler(number: int, frame) -> None:
         stop_signals.append(number)
         signal.signal(number, signal.SIG_DFL)
+        if not finish_batch:
+            raise KeyboardInterrupt
 
-    stop_signals.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
+    if stop_signals and not finish_batch:  # one came after the last batch
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -222,7 +226,12 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # so that not even a power cut leaves half of it
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        reason = error.strerror if isinstance(error, OSError) else "torch.save broke off: is the disk full?"
+        fail(f"{path}: cannot be written ({reason}). Make room, then go on with --resume")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -243,15 +252,15 @@ def open_run(folder: Path, resume: bool, config: dict) -> None:
             if fcntl:  # the lock is freed when the process ends, however it ends
                 held_locks.append(os.open(folder, os.O_RDONLY))
                 fcntl.flock(held_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if resume or attempt or not any(folder.iterdir()):
+            for stale in folder.glob(".*.tmp"):
+                stale.unlink()
+            if resume or attempt or not any(path.is_file() for path in folder.iterdir()):
                 break
             if not (folder / "config.json").exists():
                 fail(f"{folder}: holds files that no run left there. Name another folder with --out")
             previous = folder.with_name(folder.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
-        for stale in folder.glob(".*.tmp"):
-            stale.unlink()
         write_json(folder / "config.json", config)
     except BlockingIOError:
         fail(f"{folder}: another run is writing there. Wait for it, or name another folder with --out")
@@ -276,6 +285,9 @@ def describe_run(args: argparse.Namespace, hashes: dict[str, str]) -> dict:
 def load_checkpoint(path: Path, script: str, settings: dict) -> dict:
     """Read a checkpoint of `script` trained with `settings`; anything else ends the program. Runs no code from it."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes lead it into
         fail(f"{path}: not a checkpoint that can be read ({type(error).__name__}). Train again without --resume")
@@ -550,25 +562,35 @@ def find_grams(tokens: torch.Tensor, roots: torch.Tensor, pairs: torch.Tensor) -
 
 
 def class_evidence(
-    grams: list[torch.Tensor], count: int, labels: torch.Tensor, rows: list[int], classes: int, parts: int = 20
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grams: list[torch.Tensor], stems: int, count: int, labels: torch.Tensor, rows: list[int], classes: int,
+    parts: int = 20,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """How much more often each of `count` grams stands in one class than in the others, over the training `rows` only.
 
-    Returns tables (parts + 1, count, C) of log p(gram | class), add-half smoothed, less its mean over classes (the
-    log-count ratio of Wang and Manning 2012, eq. 1, for C classes), and the number of each text's table (N,).
-    Looked up as it is, a training text would find its own label in the counts of its rare words; so the rows are dealt
-    into `parts`, and a row's table leaves its part out. The last table counts all rows and is for every other text.
+    Returns (count, C) of log p(gram | class), add-half smoothed, less its mean over classes (the log-count ratio of
+    Wang and Manning 2012, eq. 1, for C classes). Looked up as it is, a training text would find its own label in the
+    counts of its rare words; so the rows are dealt into `parts`, and a row reads a table that leaves its part out:
+    tables (parts + 1, stems, C) of the first `stems` grams, and the number of each text's table (N,). The last table
+    counts all rows and is for every other text.
     """
     part_of = torch.full((len(grams),), parts)
     part_of[torch.tensor(rows)[torch.randperm(len(rows))]] = torch.arange(len(rows)) % parts
-    counts = torch.zeros(parts + 1, count, classes)
+    whole, own = torch.zeros(count, classes), torch.zeros(parts + 1, stems, classes)
+    size, own_size = torch.zeros(classes), torch.zeros(parts + 1, classes)
     for row in rows:
-        counts[part_of[row], grams[row], labels[row]] += 1  # in how many texts, not how often
-    counts = counts.sum(0) - counts + 0.5
-    evidence = (counts / counts.sum(1, keepdim=True)).log()
-    evidence -= evidence.mean(-1, keepdim=True)
-    evidence[:, [PAD, UNK]] = 0.0
-    return evidence, part_of
+        part, label, found = part_of[row], labels[row], grams[row]
+        whole[found, label] += 1  # in how many texts, not how often
+        own[part, found[found < stems], label] += 1
+        size[label] += len(found)
+        own_size[part, label] += len(found)
+
+    def log_ratio(counts: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        evidence = ((counts + 0.5) / (sizes + 0.5 * count)).log()
+        evidence -= evidence.mean(-1, keepdim=True)
+        evidence[..., [PAD, UNK], :] = 0.0
+        return evidence
+
+    return log_ratio(whole, size), log_ratio(whole[:stems] - own, (size - own_size)[:, None]), part_of
 
 
 class Inputs(NamedTuple):
@@ -585,7 +607,7 @@ class Inputs(NamedTuple):
     coverage: float | None  # share of the tokens that have a vector; None without vectors
 
 
-def prepare(args: argparse.Namespace, news: News, folder: Path) -> Inputs:
+def prepare(args: argparse.Namespace, news: News) -> Inputs:
     """Tokenize, build the vocabulary of both files' words, look up or make their vectors, and say how it went."""
     from nltk.stem.snowball import EnglishStemmer
 
@@ -594,7 +616,7 @@ def prepare(args: argparse.Namespace, news: News, folder: Path) -> Inputs:
     counts = Counter(token for text in texts for token in text)
     max_length = args.max_length or max(1, max(len(text) for text in texts[: len(news.texts)]))
     source = find_vectors(args.vectors, find_data(args.data))
-    vectors = read_vectors(source, set(counts), folder / "vectors") if source else {}
+    vectors = read_vectors(source, set(counts), args.out / "vectors") if source else {}
     if source and not vectors:
         fail(f"--vectors {source}: has none of the texts' words. Give vectors of their language, or --vectors none")
     stem = {word: EnglishStemmer().stem(re.sub(r"\d", "0", word)) for word in counts}  # 86-83 and 91-79 count as one
@@ -765,7 +787,10 @@ def share_gradients(model: nn.Module, numbers: torch.Tensor) -> torch.Tensor:
     """Sum the gradients, and `numbers` (loss, hits, stop flag), over all processes in one message."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     message = torch.cat([g.flatten() for g in gradients] + [numbers])
-    dist.all_reduce(message)
+    try:
+        dist.all_reduce(message)
+    except RuntimeError:  # gloo's word for a closed connection
+        fail("another process of this run has ended. Give the same command again with --resume")
     parts = message.split([g.numel() for g in gradients] + [len(numbers)])
     for gradient, part in zip(gradients, parts, strict=False):
         gradient.copy_(part.view_as(gradient))
@@ -786,9 +811,10 @@ def train_member(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     tokens = inputs.tokens
     seed_all(*place)
-    evidence, part_of = class_evidence(inputs.grams, len(model.evidence), labels, rows, model.evidence.shape[1])
+    stems, (count, classes) = len(model.roots), model.evidence.shape
+    whole, evidence, part_of = class_evidence(inputs.grams, stems, count, labels, rows, classes)
+    model.evidence.copy_(whole)
     evidence = evidence.to(device)
-    model.evidence.copy_(evidence[-1])
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -815,6 +841,7 @@ def train_member(
     per_epoch = math.ceil(len(rows) / args.batch_size)
     bar.update(at["epoch"] * per_epoch + at["batch"])
     model.train()
+    catch_signals(finish_batch=True)
     while at["epoch"] < args.epochs:
         batches = length_batches(lengths, rows, args.batch_size, seed_all(*place, at["epoch"]))
         for batch in batches[at["batch"] :]:
@@ -869,6 +896,7 @@ def train_member(
             at.update(epoch=epoch, batch=0, nll=0.0, hits=0.0, seen=0)
             good = snapshot()
             save(good)
+    catch_signals(finish_batch=False)
     return history
 
 
@@ -1167,9 +1195,12 @@ def cross_validate(args: argparse.Namespace, news: News, folder: Path) -> dict:
     if state and (folder / "metrics.json").exists():
         print(f"finished  {folder} holds this run's end already")
         return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    inputs = prepare(args, news, folder)
+    inputs = prepare(args, news)
     if rank == 0:
         open_run(folder, args.resume, describe_run(args, news.hashes))
+        downloaded = folder.with_name(folder.name + ".previous") / "vectors"
+        if downloaded.exists() and not (folder / "vectors").exists():
+            downloaded.rename(folder / "vectors")
     state = state or {"script": "transformer", "settings": settings, "members": [], "partial": None, "history": [],
                       "seconds": 0.0}  # fmt: skip
     state |= {"words": inputs.words, "features": inputs.features, "roots": inputs.roots, "pairs": inputs.pairs,
@@ -1261,8 +1292,9 @@ def leave_results(
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` and return the final metrics."""
     args = parse_args(argv)
-    catch_signals()
+    stop_signals.clear()
     try:
+        catch_signals(finish_batch=False)
         if args.predict is not None:
             return predict(args)
         news = load_news(args)
@@ -1272,7 +1304,7 @@ def main(argv: list[str] | None = None) -> dict:
     except KeyboardInterrupt:
         number = stop_signals[0] if stop_signals else signal.SIGINT
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-        print(f"stopped   saved; go on with: {shlex.join(['python', sys.argv[0], *words, '--resume'])}")
+        print(f"stopped   go on with: {shlex.join(['python', sys.argv[0], *words, '--resume'])}")
         raise SystemExit(128 + number) from None
     finally:
         while held_locks:

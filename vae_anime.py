@@ -189,16 +189,19 @@ def start_processes(device: torch.device) -> tuple[int, int]:
 stop_signals: list[int] = []  # what has arrived; the training loop looks here after each batch
 
 
-def catch_signals() -> None:
-    """Let Ctrl-C and SIGTERM wait for the end of the batch; a second one ends the program at once."""
+def catch_signals(finish_batch: bool) -> None:
+    """Let Ctrl-C and SIGTERM wait for the end of the batch, or else raise KeyboardInterrupt; a second one kills."""
 
     def handler(number: int, frame) -> None:
         stop_signals.append(number)
         signal.signal(number, signal.SIG_DFL)
+        if not finish_batch:
+            raise KeyboardInterrupt
 
-    stop_signals.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
+    if stop_signals and not finish_batch:  # one came after the last batch
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -207,7 +210,12 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # so that not even a power cut leaves half of it
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        reason = error.strerror if isinstance(error, OSError) else "torch.save broke off: is the disk full?"
+        fail(f"{path}: cannot be written ({reason}). Make room, then go on with --resume")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -228,15 +236,15 @@ def open_run(folder: Path, resume: bool, config: dict) -> None:
             if fcntl:  # the lock is freed when the process ends, however it ends
                 held_locks.append(os.open(folder, os.O_RDONLY))
                 fcntl.flock(held_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if resume or attempt or not any(folder.iterdir()):
+            for stale in folder.glob(".*.tmp"):
+                stale.unlink()
+            if resume or attempt or not any(path.is_file() for path in folder.iterdir()):
                 break
             if not (folder / "config.json").exists():
                 fail(f"{folder}: holds files that no run left there. Name another folder with --out")
             previous = folder.with_name(folder.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
-        for stale in folder.glob(".*.tmp"):
-            stale.unlink()
         write_json(folder / "config.json", config)
     except BlockingIOError:
         fail(f"{folder}: another run is writing there. Wait for it, or name another folder with --out")
@@ -261,6 +269,9 @@ def describe_run(args: argparse.Namespace, hashes: dict[str, str]) -> dict:
 def load_checkpoint(path: Path, script: str, settings: dict) -> dict:
     """Read a checkpoint of `script` trained with `settings`; anything else ends the program. Runs no code from it."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes lead it into
         fail(f"{path}: not a checkpoint that can be read ({type(error).__name__}). Train again without --resume")
@@ -293,10 +304,49 @@ def resize(images: list[np.ndarray]) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(image).resize(SHAPE[:0:-1], Image.Resampling.BOX)) for image in images])
 
 
-def load_images(path: Path, out: Path) -> tuple[torch.Tensor, str]:
-    """All PNG and JPEG images of a zip file or a folder, uint8 (N, 3, 64, 64), and the sha256 of their files.
+class Images:
+    """uint8 images (N, C, H, W) of SHAPE, rows of a file of bytes: it may be larger than memory.
 
-    Decoded once, in parallel; kept as <out>/images-<sha256>.npy for the runs that follow. What cannot be read is
+    The file is mapped anew for each batch, since the pages of a mapping that stays open count as the process's memory.
+    """
+
+    def __init__(self, path: Path, rows: torch.Tensor | None = None):
+        self.path = path
+        self.rows = torch.arange(path.stat().st_size // math.prod(SHAPE)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: torch.Tensor | slice) -> torch.Tensor:
+        pixels = np.memmap(self.path, np.uint8, "r").reshape(-1, *SHAPE)
+        return torch.from_numpy(pixels[self.rows[index].numpy()])
+
+
+def keep_images(path: Path, decode: Callable[[], Iterator[np.ndarray]]) -> Images:
+    """The images of the file `path`; if it is not there, made first of the uint8 arrays (n, C, H, W) of `decode`.
+
+    Of several processes that need it, one decodes and the others wait.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if fcntl:
+            lock = os.open(path.parent, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        fail(f"{path.parent}: cannot be written ({error.strerror}). Name another folder with --out")
+    if not path.exists():
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            for images in decode():
+                file.write(images.tobytes())
+    if fcntl:
+        os.close(lock)
+    return Images(path)
+
+
+def load_images(path: Path, out: Path) -> tuple[Images, str]:
+    """All PNG and JPEG images of a zip file or a folder, uint8 (N, 3, 64, 64), and the sha256 of the zip or the files.
+
+    Decoded once, in parallel; kept as <out>/images-<sha256>.bin for the runs that follow. What cannot be read is
     skipped, what is not RGB or 64 x 64 is converted, and each is counted in a line. Nothing is unpacked to a path.
     """
     from concurrent.futures import ThreadPoolExecutor
@@ -304,81 +354,87 @@ def load_images(path: Path, out: Path) -> tuple[torch.Tensor, str]:
     def is_image(name: str) -> bool:
         return name.lower().endswith((".png", ".jpg", ".jpeg")) and not name.startswith("__MACOSX/")
 
+    def read(name: str) -> bytes:
+        return (path / name).read_bytes() if path.is_dir() else archive.open(name).read(MAX_BYTES)
+
+    digest = hashlib.sha256()
     try:
         if path.is_dir():
-            files = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if is_image(file.name)}
-            read = {name: file.read_bytes for name, file in files.items()}
+            names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if is_image(file.name))
+            for name in names:
+                digest.update(name.encode())
+                with contextlib.suppress(OSError):
+                    digest.update(read(name))
         else:
-            archive = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
-            members = sorted(member.filename for member in archive.infolist() if is_image(member.filename))
-            read = {name: lambda name=name: archive.open(name).read(MAX_BYTES) for name in members}
+            archive = zipfile.ZipFile(path)
+            names = sorted(member.filename for member in archive.infolist() if is_image(member.filename))
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256")
     except OSError as error:
         fail(f"{path}: {error.strerror or error}. {SOURCE}, or name it with --data")
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         fail(f"{path}: not a zip file that can be read ({error}). Give a zip or a folder of PNG or JPEG images")
-    if not read:
+    if not names:
         fail(f"{path}: no PNG or JPEG image in it. Give a zip or a folder of images")
-    digest, raws, unreadable = hashlib.sha256(), {}, []
-    for name, get in read.items():
-        try:
-            raws[name] = get()
-            digest.update(name.encode() + raws[name])
-        except Exception as error:  # zipfile raises what the bytes lead it into
-            unreadable.append(f"{name} ({error})")
-    sha256 = digest.hexdigest()
-    cache = out / f"images-{sha256[:16]}.npy"
-    if cache.exists():
-        return torch.from_numpy(np.load(cache, allow_pickle=False)), sha256
+    unreadable: list[str] = []
 
     def decode(name: str) -> tuple[np.ndarray, bool, bool] | None:
         try:
-            with Image.open(io.BytesIO(raws[name]), formats=("PNG", "JPEG")) as image:
+            with Image.open(io.BytesIO(read(name)), formats=("PNG", "JPEG")) as image:
                 if image.width * image.height * 4 > MAX_BYTES:
                     raise ValueError(f"{image.width} by {image.height} pixels")
                 pixels = np.asarray(image.convert("RGB"))  # (H, W, 3)
                 other_size = pixels.shape[:2] != SHAPE[1:]
                 return resize([pixels])[0] if other_size else pixels, image.mode != "RGB", other_size
-        except Exception as error:  # Pillow raises what the bytes lead it into
+        except Exception as error:  # zipfile and Pillow raise what the bytes lead them into
             unreadable.append(f"{name} ({error})")
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = list(tqdm(pool.map(decode, raws), "decode", len(raws), unit="image", disable=None, leave=False))
-    kept = [item for item in decoded if item is not None]
-    if unreadable:
-        print(f"warning   {path}: {len(unreadable)} images cannot be read and are left out, such as {min(unreadable)}")
-    if not kept:
-        fail(f"{path}: none of its {len(read)} images can be read. Give a zip or a folder of PNG or JPEG images")
-    for place, what in ((1, "are not RGB and are converted"), (2, f"are not {SHAPE[1:]} and are resized")):
-        if count := sum(item[place] for item in kept):
-            print(f"warning   {path}: {count} images {what}")
-    images = np.ascontiguousarray(np.stack([item[0] for item in kept]).transpose(0, 3, 1, 2))
-    try:
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            with atomic(cache) as temporary, open(temporary, "wb") as file:
-                np.save(file, images)
-    except OSError as error:
-        fail(f"{out}: cannot be written ({error.strerror}). Name another folder with --out")
-    return torch.from_numpy(images), sha256
+    def decode_all() -> Iterator[np.ndarray]:
+        converted = resized = kept = 0
+        bar = tqdm(desc="decode", total=len(names), unit="image", disable=None, leave=False)
+        with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(names), 1024):
+                some = [item for item in pool.map(decode, names[start : start + 1024]) if item is not None]
+                bar.update(min(1024, len(names) - start))
+                kept += len(some)
+                converted += sum(item[1] for item in some)
+                resized += sum(item[2] for item in some)
+                yield from (item[0].transpose(2, 0, 1) for item in some)
+        if unreadable:
+            print(f"warning   {path}: {len(unreadable)} images cannot be read and are left out, such as "
+                  f"{min(unreadable)}")  # fmt: skip
+        if not kept:
+            fail(f"{path}: none of its {len(names)} images can be read. Give a zip or a folder of PNG or JPEG images")
+        for count, what in (
+            (converted, "are not RGB and are converted"),
+            (resized, f"are not {SHAPE[1:]} and are resized"),
+        ):
+            if count:
+                print(f"warning   {path}: {count} images {what}")
+
+    sha256 = digest.hexdigest()
+    return keep_images(out / f"images-{sha256[:16]}.bin", decode_all), sha256
 
 
 class Split(NamedTuple):
-    """uint8 images (N, C, H, W) for the weights, for looking during training, and for the figures at the end."""
+    """Images for the weights, for looking during training, and for the figures at the end."""
 
-    train: torch.Tensor
-    validation: torch.Tensor
-    test: torch.Tensor
+    train: Images
+    validation: Images
+    test: Images
 
 
-def split_images(images: torch.Tensor, seed: int, limit: int | None) -> Split:
-    """Deal the images, at most `limit` of them, at random into 80% for training, 10% and 10%."""
+def split_images(images: Images, seed: int, limit: int | None) -> Split:
+    """Deal the images, at most `limit` of them, at random into 80% for training, 10% and 10%, or 5,000 if fewer."""
     if len(images) < 10:
         fail(f"{len(images)} images are too few to split; give 10 or more")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:limit]
-    tenth = max(1, len(order) // 10)
-    test, validation, train = order.split([tenth, tenth, len(order) - 2 * tenth])
+    tenth = min(max(1, len(order) // 10), 5000)
+    test, validation, train = (
+        Images(images.path, rows) for rows in order.split([tenth, tenth, len(order) - 2 * tenth])
+    )
     print(f"images    {len(train)} for training, {tenth} for validation, {tenth} for test, each {SHAPE}")
-    return Split(images[train], images[validation], images[test])
+    return Split(train, validation, test)
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
@@ -416,22 +472,24 @@ class LinearStart(NamedTuple):
     sigma: torch.Tensor  # () of p(x|z)
 
 
-def principal_components(images: torch.Tensor, count: int, kl_weight: float) -> LinearStart:
+def principal_components(images: Images, count: int, kl_weight: float) -> LinearStart:
     """Principal components of 8,192 images at most, with the σ that makes them the linear VAE's optimum.
 
     At λ = 1 that is probabilistic PCA (Tipping and Bishop 1999, eqs. 7 and 8; Lucas et al. 2019, theorem 1). At any λ
     it is reverse water-filling (Cover and Thomas 2006, theorem 10.3.3): the error left along a direction is its
     variance or λσ², whichever is less, and Dσ² is the sum of these errors. Fewer images give fewer directions.
     """
-    chosen = images[torch.randperm(len(images), generator=seed_all(len(images)))[:8192]]
-    x = to_pixels(chosen).flatten(1)  # (n, D)
+    chosen = torch.randperm(len(images), generator=seed_all(len(images)))[:8192]
+    x = torch.empty(len(chosen), math.prod(SHAPE))  # (n, D)
+    for part, rows in zip(x.split(256), chosen.split(256), strict=True):
+        part.copy_(to_pixels(images[rows]).flatten(1))
     mean = x.mean(0)
     x -= mean
     found = min(count, len(x) - 1)
     _, s, directions = torch.svd_lowrank(x, min(found + 32, *x.shape), niter=2)
     directions = F.pad(directions.T[:found], (0, 0, 0, count - found)).contiguous()  # (k, D)
     variances = F.pad(s[:found].square() / len(x), (0, count - found))
-    rest = x.square().sum() / len(x) - variances.sum()
+    rest = x.norm().square() / len(x) - variances.sum()
     square = rest / x.shape[1]  # σ²: grows from the least that it can be
     for _ in range(1000):
         square = ((rest + variances.clamp(max=kl_weight * square).sum()) / x.shape[1]).clamp_min(1e-6)
@@ -639,7 +697,10 @@ def share_gradients(model: nn.Module, numbers: torch.Tensor) -> torch.Tensor:
     """Sum the gradients, and `numbers` (loss, hits, stop flag), over all processes in one message."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     message = torch.cat([g.flatten() for g in gradients] + [numbers])
-    dist.all_reduce(message)
+    try:
+        dist.all_reduce(message)
+    except RuntimeError:  # gloo's word for a closed connection
+        fail("another process of this run has ended. Give the same command again with --resume")
     parts = message.split([g.numel() for g in gradients] + [len(numbers)])
     for gradient, part in zip(gradients, parts, strict=False):
         gradient.copy_(part.view_as(gradient))
@@ -684,6 +745,7 @@ def train(
     def annealed_weight(step: int) -> float:
         return kl_weight * min(1.0, step / max(1.0, args.warmup * per_epoch))
 
+    catch_signals(finish_batch=True)
     while at["epoch"] < args.epochs:
         order = torch.randperm(len(images.train), generator=seed_all(args.seed, at["epoch"]))
         for batch in order.split(args.batch_size)[at["batch"] :]:
@@ -732,7 +794,7 @@ def train(
                 raise KeyboardInterrupt
         else:  # the epoch ended without a break
             reconstruction, kl = at["reconstruction"] / at["seen"], at["kl"] / at["seen"]
-            held_out = evaluate(average, images.validation, args.seed)
+            held_out = evaluate(average, images.validation[:], args.seed)
             annealed = annealed_weight((at["epoch"] + 1) * per_epoch - 1)
             history.append(
                 {
@@ -749,6 +811,7 @@ def train(
             at.update(epoch=at["epoch"] + 1, batch=0, reconstruction=0.0, kl=0.0, seen=0)
             good = snapshot()
             save(good)
+    catch_signals(finish_batch=False)
     return average.eval(), history
 
 
@@ -1023,7 +1086,7 @@ def evaluate_file(args: argparse.Namespace, folder: Path) -> dict:
     """Score the model of the finished run in `folder` on every image of the file --evaluate."""
     begin = time.monotonic()
     model, settings = load_finished(folder, pick_device(args.device))
-    images, _ = load_images(args.evaluate, args.out)
+    images = load_images(args.evaluate, args.out)[0][:]
     scores = evaluate(model, images, settings["seed"])
     metrics = {key: scores[key] for key in ("neg_elbo", "reconstruction", "kl", "bits_per_dim", "psnr_db")}
     metrics |= score_posterior(model, images, scores, args)
@@ -1127,16 +1190,17 @@ def run(args: argparse.Namespace, images: Split, sha256: str, kl_weight: float) 
         for key in ("neg_elbo", "reconstruction", "kl"):
             metrics.setdefault(key, {})[name] = scores[key]
     metrics |= {key: scores[key] for key in ("bits_per_dim", "psnr_db")}
-    metrics |= score_posterior(average, images.test, scores, args)
+    test = images.test[:]
+    metrics |= score_posterior(average, test, scores, args)
     metrics |= {"lambda": kl_weight, "epochs": args.epochs, "latent_dim": args.latent_dim,
                 "parameters": count_parameters(model), "seconds": earlier + time.monotonic() - begin}  # fmt: skip
     if rank == 0:
-        leave_results(folder, average, images.test, scores, history, args, kl_weight)
+        leave_results(folder, average, test, scores, history, args, kl_weight)
         state |= {"partial": None, "average": average.cpu().state_dict(), "seconds": metrics["seconds"]}
         with atomic(checkpoint) as temporary:
             torch.save(state, temporary)
         write_json(finished, metrics)
-        print(f"λ = {kl_weight:g}     -ELBO {metrics['neg_elbo']['test']:.2f} nats on {len(images.test)} test images "
+        print(f"λ = {kl_weight:g}     -ELBO {metrics['neg_elbo']['test']:.2f} nats on {len(test)} test images "
               f"(training images {metrics['neg_elbo']['train']:.2f}): reconstruction "
               f"{metrics['reconstruction']['test']:.2f}, KL {metrics['kl']['test']:.2f}")  # fmt: skip
         print(f"          {metrics['bits_per_dim']:.3f} bits/dim, {metrics['psnr_db']:.2f} dB, "
@@ -1183,7 +1247,7 @@ def compare(args: argparse.Namespace, images: Split, metrics: list[dict]) -> Non
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
         writer.writerows(table)
-    plot_sweep(args.out, table, models, to_bytes(to_pixels(images.test)), args)
+    plot_sweep(args.out, table, models, to_bytes(to_pixels(images.test[:])), args)
     print("     λ  reconstruction       KL    -ELBO  active units")
     for row in table:
         print(f"{row['lambda']:6g}  {row['reconstruction']:14.2f} {row['kl']:8.2f} {row['neg_elbo']:8.2f} "
@@ -1194,8 +1258,9 @@ def compare(args: argparse.Namespace, images: Split, metrics: list[dict]) -> Non
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` and return the final metrics; of a sweep, by λ."""
     args = parse_args(argv)
-    catch_signals()
+    stop_signals.clear()
     try:
+        catch_signals(finish_batch=False)
         folder = args.out / f"lambda-{args.kl_weight[0]:g}"
         if args.evaluate is not None:
             return evaluate_file(args, folder)
@@ -1222,7 +1287,7 @@ def main(argv: list[str] | None = None) -> dict:
     except KeyboardInterrupt:
         number = stop_signals[0] if stop_signals else signal.SIGINT
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-        print(f"stopped   saved; go on with: {shlex.join(['python', sys.argv[0], *words, '--resume'])}")
+        print(f"stopped   go on with: {shlex.join(['python', sys.argv[0], *words, '--resume'])}")
         raise SystemExit(128 + number) from None
     finally:
         if dist.is_initialized():

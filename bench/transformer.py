@@ -191,7 +191,7 @@ def main() -> None:
     args = t.parse_args(["--data", str(own.data.resolve()), "--vectors", str(Path(own.vectors).resolve())])
     args.rounds = own.rounds
     news = t.load_news(args)
-    inputs = t.prepare(args, news, Path("."))
+    inputs = t.prepare(args, news)
     {"accuracy": accuracy, "speed": speed}[own.what](args, news, inputs)
 
 

@@ -232,7 +232,8 @@ def main() -> None:
     args = argparse.Namespace(**vars(t.parse_args([])) | vars(own))
     args.out = own.out or Path("runs") / t.SCRIPT
     images, _ = t.load_images(args.data, args.out)
-    {"speed": speed, "peers": peers, "samples": samples}[own.what](t, t.split_images(images, 0, None), args)
+    split = t.Split(*(part[:] for part in t.split_images(images, 0, None)))
+    {"speed": speed, "peers": peers, "samples": samples}[own.what](t, split, args)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -210,16 +211,19 @@ def start_processes(device: torch.device) -> tuple[int, int]:
 stop_signals: list[int] = []  # what has arrived; the training loop looks here after each batch
 
 
-def catch_signals() -> None:
-    """Let Ctrl-C and SIGTERM wait for the end of the batch; a second one ends the program at once."""
+def catch_signals(finish_batch: bool) -> None:
+    """Let Ctrl-C and SIGTERM wait for the end of the batch, or else raise KeyboardInterrupt; a second one kills."""
 
     def handler(number: int, frame) -> None:
         stop_signals.append(number)
         signal.signal(number, signal.SIG_DFL)
+        if not finish_batch:
+            raise KeyboardInterrupt
 
-    stop_signals.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
+    if stop_signals and not finish_batch:  # one came after the last batch
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -228,7 +232,12 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # so that not even a power cut leaves half of it
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        reason = error.strerror if isinstance(error, OSError) else "torch.save broke off: is the disk full?"
+        fail(f"{path}: cannot be written ({reason}). Make room, then go on with --resume")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -249,15 +258,15 @@ def open_run(folder: Path, resume: bool, config: dict) -> None:
             if fcntl:  # the lock is freed when the process ends, however it ends
                 held_locks.append(os.open(folder, os.O_RDONLY))
                 fcntl.flock(held_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if resume or attempt or not any(folder.iterdir()):
+            for stale in folder.glob(".*.tmp"):
+                stale.unlink()
+            if resume or attempt or not any(path.is_file() for path in folder.iterdir()):
                 break
             if not (folder / "config.json").exists():
                 fail(f"{folder}: holds files that no run left there. Name another folder with --out")
             previous = folder.with_name(folder.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
-        for stale in folder.glob(".*.tmp"):
-            stale.unlink()
         write_json(folder / "config.json", config)
     except BlockingIOError:
         fail(f"{folder}: another run is writing there. Wait for it, or name another folder with --out")
@@ -282,6 +291,9 @@ def describe_run(args: argparse.Namespace, hashes: dict[str, str]) -> dict:
 def load_checkpoint(path: Path, script: str, settings: dict) -> dict:
     """Read a checkpoint of `script` trained with `settings`; anything else ends the program. Runs no code from it."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes lead it into
         fail(f"{path}: not a checkpoint that can be read ({type(error).__name__}). Train again without --resume")
@@ -433,13 +445,15 @@ def until_end(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def invent_verbs(verbs: list[tuple[str, ...]], count: int, generator: torch.Generator) -> list[tuple[str, ...]]:
-    """`count` verbs that are none: the head of one verb's common stem before the tail of another, its endings kept.
+    """Up to `count` verbs that are none: a verb's head, cut from the stem of its forms, before another verb's tail.
 
     abandon and flounder give abounder, abounders, aboundering, aboundered: spelling and inflection without the verb.
     """
     stems = [len(os.path.commonprefix(verb)) for verb in verbs]
     invented = []
-    while len(invented) < count:
+    for _ in range(100 * count):  # verbs without common stems give none
+        if len(invented) == count:
+            break
         first, second = torch.randint(len(verbs), (2,), generator=generator).tolist()
         if min(stems[first], stems[second]) < 2:
             continue
@@ -633,6 +647,7 @@ def train(
     def weight_at(step: int) -> float:
         return kl_weight(args.kl_schedule, step / steps, args.kl_cycles, args.kl_max)
 
+    catch_signals(finish_batch=True)
     while at["epoch"] < args.epochs:
         ratio = 1 - (1 - args.teacher_forcing) * at["epoch"] / max(1, args.epochs - 1)
         order = torch.randperm(len(forms), generator=seed_all(args.seed, at["epoch"]))  # batches of like length: worse
@@ -729,6 +744,7 @@ def train(
             at.update(epoch=at["epoch"] + 1, batch=0, reconstruction=0.0, kl=0.0, seen=0)
             good = snapshot()
             save(good)
+    catch_signals(finish_batch=False)
     return average.eval(), history
 
 
@@ -1008,8 +1024,9 @@ def compare_schedules(args: argparse.Namespace, verbs: Verbs) -> dict:
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` and return the final metrics; with --compare-schedules, by schedule."""
     args = parse_args(argv)
-    catch_signals()
+    stop_signals.clear()
     try:
+        catch_signals(finish_batch=False)
         if args.convert or args.generate or args.interpolate:
             return use_finished(args)
         folder = find_data(args.data)
@@ -1023,7 +1040,7 @@ def main(argv: list[str] | None = None) -> dict:
     except KeyboardInterrupt:
         number = stop_signals[0] if stop_signals else signal.SIGINT
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-        print(f"stopped   saved; go on with: {shlex.join(['python', sys.argv[0], *words, '--resume'])}")
+        print(f"stopped   go on with: {shlex.join(['python', sys.argv[0], *words, '--resume'])}")
         raise SystemExit(128 + number) from None
     finally:
         while held_locks:

@@ -1,0 +1,248 @@
+"""Nothing lost: killed while it writes, out of room, unreadable files, two at once, two processes, the same answer."""
+
+import functools
+import json
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "data" / "sample"
+sys.path[:0] = [str(ROOT), str(ROOT / "lab4")]
+import cvae  # noqa: E402
+
+import transformer  # noqa: E402
+import vae_anime  # noqa: E402
+import vae_mnist  # noqa: E402
+
+VAE = "--epochs 2 --batch-size 16 --latent-dim 4 --iwae 2 --iwae-images 2 --limit 40"
+WORDS = {  # a task of a few seconds for each script
+    transformer: f"--data {SAMPLE} --epochs 2 --folds 2 --dim 16 --heads 2 --limit 60",
+    vae_mnist: f"--data {SAMPLE}/TibetanMNIST.npz {VAE}",
+    vae_anime: f"--data {SAMPLE}/anime-faces.zip {VAE}",
+    cvae: f"--data {SAMPLE} --epochs 2 --hidden-dim 16 --limit 40",
+}
+each_script = pytest.mark.parametrize("script", WORDS, ids=lambda script: script.__name__)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(script, *more):
+    metrics = script.main([*shlex.split(WORDS[script]), *more])
+    return {name: value for name, value in metrics.items() if name != "seconds"}
+
+
+@functools.cache
+def whole(script):
+    """The metrics of a run that nothing disturbs, the same in every folder."""
+    return run(script, "--out", "whole")
+
+
+def path_of(script):
+    return Path(script.__file__)
+
+
+def folder_of(script, out):
+    return Path(out, "lambda-1") if script in (vae_mnist, vae_anime) else Path(out)
+
+
+def left_whole(script, out):
+    """What stands there is whole: no temporary name, every checkpoint and picture can be read."""
+    from PIL import Image
+
+    for path in [*Path(out).rglob("*"), *Path(".").glob("submission.csv")]:
+        if path.suffix == ".pt":
+            torch.load(path, weights_only=True)
+        elif path.suffix == ".png":
+            Image.open(path).load()
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.name == "submission.csv":
+            assert len(transformer.read_rows(path)[0]) == len(transformer.read_rows(SAMPLE / "test.csv")[0])
+
+
+def temporary_names():
+    return [path for path in Path(".").rglob(".*") if path.name.endswith(".tmp")]
+
+
+KILLER = """
+import os, signal, sys
+name, number, *words = sys.argv[1:]
+sys.path[:0] = {paths!r}
+script, replace, seen = __import__(name), os.replace, []
+def killed(source, target):
+    if str(target).endswith({suffix!r}):
+        seen.append(target)
+        if len(seen) == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = killed
+script.main(words)
+"""
+
+
+@each_script
+@pytest.mark.parametrize("suffix, number", [("checkpoint.pt", 2), (".png", 1)])
+def test_killed_while_it_writes(script, suffix, number):
+    program = KILLER.format(paths=[str(ROOT), str(ROOT / "lab4")], suffix=suffix)
+    command = [sys.executable, "-c", program, script.__name__, str(number), *shlex.split(WORDS[script]), "--out", "cut"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert temporary_names()
+    left_whole(script, "cut")
+    assert run(script, "--out", "cut", "--resume") == whole(script)
+    left_whole(script, "cut")
+    assert not temporary_names()
+
+
+@each_script
+@pytest.mark.parametrize("when", ["learning_rate", "new_figure"])  # the second checkpoint fails, the first figure
+def test_no_room(script, when, monkeypatch, capsys):
+    function, limits = getattr(script, when), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(*args):
+        if (folder_of(script, "full") / "checkpoint.pt").exists():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        return function(*args)
+
+    whole(script), capsys.readouterr()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(script, when, fill)
+        try:
+            run(script, "--out", "full")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "cannot be written" in error, error
+    assert not temporary_names()
+    left_whole(script, "full")
+    assert run(script, "--out", "full", "--resume") == whole(script)
+
+
+UNREADABLE = Path("/proc/self/mem")  # opens well; its first page raises an input/output error
+READERS = {
+    "csv": lambda path: transformer.read_rows(path),
+    "vectors": lambda path: transformer.read_vectors(str(path), {"the"}, Path("out")),
+    "npz": lambda path: vae_mnist.load_images(path, Path("out")),
+    "zip": lambda path: vae_anime.load_images(path, Path("out")),
+    "verbs": lambda path: cvae.read_lines(path),
+}
+
+
+@pytest.mark.skipif(not UNREADABLE.exists(), reason="needs a file that cannot be read half-way: Linux's /proc")
+@pytest.mark.parametrize("kind", READERS)
+def test_unreadable_half_way(kind, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        READERS[kind](UNREADABLE)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+
+
+@each_script
+def test_two_runs_given_the_same_folder(script, capsys):
+    run(script, "--out", "out")
+    script.open_run(folder_of(script, "out"), True, {})
+    with pytest.raises(SystemExit) as stopped:
+        run(script, "--out", "out")
+    assert stopped.value.code == 2 and "another run is writing there" in capsys.readouterr().err
+    assert not script.held_locks
+
+
+@each_script
+def test_the_same_answer(script):
+    assert run(script, "--out", "again") == whole(script)
+    assert run(script, "--out", "other", "--seed", "1") != whole(script)
+
+
+@each_script
+def test_a_signal_between_batches_ends_it_at_once(script, monkeypatch, capsys):
+    """While figures are drawn there is no batch to finish, and all that counts is saved."""
+    whole(script), capsys.readouterr()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(script, "new_figure", lambda *size: os.kill(os.getpid(), signal.SIGTERM))
+        run(script, "--out", "cut")
+    assert stopped.value.code == 143 and "--resume" in capsys.readouterr().out
+    assert not temporary_names()
+    assert run(script, "--out", "cut", "--resume") == whole(script)
+
+
+# several processes ----------------------------------------------------------------------------------------------------
+
+
+FIRST_GRADIENTS = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch, {name} as script
+if hasattr(script, "Dropout"):
+    script.Dropout.forward = lambda self, x: x
+def keep(parameters, norm):
+    torch.save([p.grad for p in parameters], "gradients-%s.pt" % os.environ.get("RANK", "alone"))
+    raise SystemExit(0)
+script.nn.utils.clip_grad_norm_ = keep
+script.main(sys.argv[1:])
+"""
+
+
+def spread(program, script, *more):
+    """Start `program` as two processes with the words of `script`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program),
+               *shlex.split(WORDS[script]), *more]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("script", [transformer, vae_mnist, vae_anime], ids=lambda script: script.__name__)
+def test_gradients_of_two_processes_equal_one_process(script, tmp_path):
+    """The first global batch's, with dropout off; the VAEs' noise belongs to the image."""
+    more = ["--word-dropout", "0"] if script is transformer else []
+    program = tmp_path / "first_gradients.py"
+    program.write_text(FIRST_GRADIENTS.format(root=str(ROOT), name=script.__name__))
+    process = spread(program, script, *more, "--out", "two")
+    output = process.communicate(timeout=100)
+    assert Path("gradients-1.pt").exists(), output
+    subprocess.run([sys.executable, program, *shlex.split(WORDS[script]), *more, "--out", "one"], check=True)
+    alone, first, second = (torch.load(f"gradients-{rank}.pt", weights_only=True) for rank in ("alone", 0, 1))
+    assert any(gradient.abs().max() > 1e-3 for gradient in alone)
+    for expected, ours, theirs in zip(alone, first, second, strict=True):
+        assert torch.equal(ours, theirs)
+        assert (ours - expected).norm() <= 1e-5 * max(1.0, expected.norm())
+
+
+def rank_of(pid):
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((int(word[5:]) for word in environment if word.startswith(b"RANK=")), None)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes in Linux's /proc")
+@pytest.mark.parametrize("script, victim", [(transformer, 1), (vae_mnist, 0)])
+def test_one_process_killed(script, victim):
+    more = ["--epochs", "8" if script is transformer else "60"]
+    whole = spread(path_of(script), script, *more, "--out", "whole")
+    output, _ = whole.communicate(timeout=100)
+    assert whole.returncode == 0 and output.count("wrote ") == 1  # one of the two writes
+    cut = spread(path_of(script), script, *more, "--out", "cut")
+    checkpoint, end = folder_of(script, "cut") / "checkpoint.pt", time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    children = Path(f"/proc/{cut.pid}/task/{cut.pid}/children").read_text().split()
+    os.kill(int(next(pid for pid in children if rank_of(pid) == victim)), signal.SIGKILL)
+    begin = time.monotonic()
+    _, errors = cut.communicate(timeout=60)
+    assert time.monotonic() - begin < 30
+    assert "error: another process of this run has ended" in errors and cut.returncode != 0, errors
+    left_whole(script, "cut")
+    assert not (checkpoint.parent / "metrics.json").exists()
+    again = spread(path_of(script), script, *more, "--out", "cut", "--resume")
+    assert again.communicate(timeout=100) and again.returncode == 0
+    metrics = [json.loads((folder_of(script, out) / "metrics.json").read_text()) for out in ("whole", "cut")]
+    assert metrics[0] | {"seconds": 0} == metrics[1] | {"seconds": 0}
