@@ -325,17 +325,19 @@ def keep_images(path: Path, decode: Callable[[], Iterator[np.ndarray]]) -> Image
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if fcntl:
-            lock = os.open(path.parent, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = os.open(path.parent, os.O_RDONLY) if fcntl else None
     except OSError as error:
         fail(f"{path.parent}: cannot be written ({error.strerror}). Name another folder with --out")
-    if not path.exists():
-        with atomic(path) as temporary, open(temporary, "wb") as file:
-            for images in decode():
-                file.write(images.tobytes())
-    if fcntl:
-        os.close(lock)
+    try:
+        if fcntl:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        if not path.exists():
+            with atomic(path) as temporary, open(temporary, "wb") as file:
+                for images in decode():
+                    file.write(images.tobytes())
+    finally:
+        if fcntl:
+            os.close(folder)
     return Images(path)
 
 
@@ -990,8 +992,9 @@ def plot_sweep(
             panel.bar(range(len(order)), report[key][chosen][order], width=1.0)
             panel.axhline(prior, color="tab:red", linewidth=1)
             panel.set_ylabel("mean of q(u|x)" if prior == 0 else "variance of q(u|x)", fontsize=8)
+        column[4].set_ylim(-5, 5)  # one scale for all columns, here and below
         column[5].set_yscale("log")
-        column[5].set_ylim(1e-9, 10.0)  # one scale for all columns
+        column[5].set_ylim(1e-9, 10.0)
         column[5].set_xlabel(f"dimension, test image {chosen}", fontsize=8)
         with open(folder / f"lambda-{row['lambda']:g}" / "history.csv", encoding="utf-8") as file:
             history = list(csv.DictReader(file))
