@@ -162,7 +162,7 @@ fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 up to, not incl
 
 def fail(message: str) -> NoReturn:
     """End the program over a user's mistake: one line on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *message.splitlines(), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -855,11 +855,9 @@ def train_member(
             x = pad_sequence([tokens[row] for row in mine], batch_first=True, padding_value=PAD).to(device)  # (B, T)
             y = labels[mine].to(device)  # (B,)
             x = drop_words(x.repeat(passes, 1), args.word_dropout)  # (passes B, T)
-            own_evidence = evidence[
-                part_of[mine].repeat(passes).to(device)[:, None], model.roots[x]
-            ]  # (passes B, T, C)
+            part = part_of[mine].repeat(passes).to(device)  # (passes B,)
             with autocast(device):
-                logits = model(x, own_evidence).float()  # (passes B, C)
+                logits = model(x, evidence[part[:, None], model.roots[x]]).float()  # (passes B, C)
             loss, nll = r_drop_loss(logits, y, args.label_smoothing, args.r_drop)
             optimizer.zero_grad()
             (loss * weight).backward()
@@ -1039,9 +1037,7 @@ def show_attention(folder: Path, news: News, inputs: Inputs, state: dict, oof: t
             x = pad_sequence([inputs.tokens[row] for row in batch], batch_first=True, padding_value=PAD)
             keep = x != PAD  # (B, T)
             _, attn = model(x, return_attn=True)
-            looks = (attn.mean(1) * keep[:, :, None]).sum(
-                1
-            )  # (B, T): over heads the mean, over tokens that look the sum
+            looks = (attn.mean(1) * keep[:, :, None]).sum(1)  # (B, T), mean over heads, sum over tokens that look
             for row, words, shares in zip(batch, x.tolist(), looks.tolist(), strict=True):
                 for i in range(len(inputs.tokens[row])):
                     received.setdefault((int(predicted[row]), words[i]), []).append(shares[i])
@@ -1173,9 +1169,7 @@ def compare_tokenizers(args: argparse.Namespace, news: News) -> dict:
         frame.to_csv(temporary, index=False, float_format="%.4f")
     short = [row for row, text in enumerate(news.texts) if len(text) <= 200] or [0]
     ways = {row: {token for texts in tokens.values() for token in texts[row]} for row in short}
-    telling = max(
-        short, key=lambda row: len(ways[row]) - len(set(tokens["basic_english"][row]))
-    )  # they differ most there
+    telling = max(short, key=lambda row: len(ways[row]) - len(set(tokens["basic_english"][row])))  # most different
     plot_tokenizers(folder / "tokenizers.png", frame, {name: texts[telling] for name, texts in tokens.items()})
     print(f"\n{frame.to_string(index=False, float_format='%.4f')}\nwrote     {folder}/tokenizers.csv, tokenizers.png")
     return {row["tokenizer"]: row for row in table}
@@ -1247,7 +1241,7 @@ def cross_validate(args: argparse.Namespace, news: News, folder: Path) -> dict:
         if rank == 0:
             seconds = earlier + time.monotonic() - begin
             print(
-                f"fold {fold + 1}/{args.folds}  accuracy {hits.mean():.4f} on {len(hits)} rows, {seconds:.0f} s so far"
+                f"fold {fold + 1}/{args.folds}  accuracy {hits.mean():.4f} on {len(hits)} rows, after {seconds:.0f} s"
             )
 
     accuracy = (oof.argmax(-1) == news.labels).float().mean().item()

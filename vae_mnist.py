@@ -142,7 +142,7 @@ not_negative_int = checked(int, lambda v: v >= 0, "a whole number from 0 up")
 
 def fail(message: str) -> NoReturn:
     """End the program over a user's mistake: one line on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *message.splitlines(), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -366,9 +366,7 @@ def load_images(path: Path, out: Path) -> tuple[Images, str]:
                         return array
                 names = ", ".join(arrays.files)
         except Exception as error:  # numpy and zipfile raise what the bytes lead them into
-            fail(
-                f"{path}: not an npz file of plain arrays ({error}). Make one: np.savez_compressed(file, image=images)"
-            )
+            fail(f"{path}: not an npz file of plain arrays ({error}). Make it with np.savez(file, image=images)")
         fail(f"{path}: no array of images (N, H, W); found {names}")
 
     def decode() -> Iterator[np.ndarray]:
@@ -1238,14 +1236,10 @@ def main(argv: list[str] | None = None) -> dict:
         if len(metrics) > 1 and rank == 0:
             compare(args, images, metrics)
         if rank == 0:
-            print(
-                f"next      python {Path(__file__).name} --sample 100 --out {args.out} --lambda {args.kl_weight[0]:g}"
-            )
-        return (
-            {f"{value:g}": row for value, row in zip(args.kl_weight, metrics, strict=True)}
-            if metrics[1:]
-            else metrics[0]
-        )
+            words = f"--sample 100 --out {args.out} --lambda {args.kl_weight[0]:g}"
+            print(f"next      python {Path(__file__).name} {words}")
+        by_weight = {f"{value:g}": row for value, row in zip(args.kl_weight, metrics, strict=True)}
+        return by_weight if metrics[1:] else metrics[0]
     except KeyboardInterrupt:
         number = stop_signals[0] if stop_signals else signal.SIGINT
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]

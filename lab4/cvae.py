@@ -168,7 +168,7 @@ share = checked(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
 def fail(message: str) -> NoReturn:
     """End the program over a user's mistake: one line on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *message.splitlines(), file=sys.stderr)
     raise SystemExit(2)
 
 

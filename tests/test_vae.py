@@ -387,7 +387,7 @@ def test_faces_of_other_kinds_are_converted_skipped_and_counted(here, capsys):
     write_zip("mixed.zip", faces(20), extra=extra)
     images = vae_anime.load_images(Path("mixed.zip"), Path("out"))[0][:]
     out = capsys.readouterr().out
-    assert len(images) == 25 and "2 images cannot be read and are left out, such as a/broken.png" in out
+    assert len(images) == 25 and "2 images cannot be read and are left out, such as 'a/broken.png'" in out
     assert "3 images are not RGB" in out and "1 images are not (64, 64)" in out
     assert not list(here.parent.rglob("escape.png")) and (images[:, 0] == 200).flatten(1).all(1).sum() == 4
 
