@@ -198,7 +198,8 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     """(rank, world size): (0, 1) alone, else of the group that torchrun started."""
     if "RANK" not in os.environ:
         return 0, 1
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -226,14 +227,17 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # so that not even a power cut leaves half of it
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and path.suffix != ".pt":
+            raise
         reason = error.strerror if isinstance(error, OSError) else "torch.save broke off: is the disk full?"
         fail(f"{path}: cannot be written ({reason}). Make room, then go on with --resume")
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a disk that has become read-only not even a missing file can be removed
+            temporary.unlink()
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -254,10 +258,11 @@ def open_run(folder: Path, resume: bool, config: dict) -> None:
                 fcntl.flock(held_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
             for stale in folder.glob(".*.tmp"):
                 stale.unlink()
-            if resume or attempt or not any(path.is_file() for path in folder.iterdir()):
-                break
-            if not (folder / "config.json").exists():
+            names = {path.name for path in folder.iterdir() if path.is_file()}
+            if names and "config.json" not in names:
                 fail(f"{folder}: holds files that no run left there. Name another folder with --out")
+            if resume or attempt or "checkpoint.pt" not in names:
+                break
             previous = folder.with_name(folder.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
@@ -415,7 +420,7 @@ def load_news(args: argparse.Namespace) -> News:
     names = train[label].str.strip().tolist()
     if "" in names:
         fail(f"{train_path}: row {names.index('') + 1} has no {label}")
-    numeric = all(re.fullmatch(r"[+-]?\d+", name) for name in names)
+    numeric = all(re.fullmatch(r"[+-]?\d{1,18}", name) for name in names)
     classes = sorted(set(names), key=lambda name: (int(name), name) if numeric else name)
     if args.limit and args.limit < len(names):
         kept = sorted(np.random.default_rng(args.seed).choice(len(names), args.limit, replace=False).tolist())
@@ -430,6 +435,8 @@ def load_news(args: argparse.Namespace) -> News:
     header = (key or "Id", label)
     for sample in sorted(folder.glob("*ample*ubmission*.csv")):
         frame, _ = read_table(sample)
+        if len(frame.columns) != 2:
+            fail(f"{sample}: has the columns {', '.join(frame.columns)}, not an id and a label")
         if sorted(frame.iloc[:, 0]) != sorted(test_ids):
             fail(f"{sample}: its ids are not those of {test_path}. Take both from the same competition")
         header = tuple(frame.columns[:2])
@@ -444,8 +451,9 @@ def clean_text(text: str) -> str:
     """Undo the debris of a scraped corpus: `Haiti #39;s` -> `Haiti's`, `&lt;b&gt;`, ` quot;`, `\\$44` -> `$44`."""
     text = re.sub(r"\s?#39;", "'", text)
     text = re.sub(r"\s?\bquot;", '"', text)
+    text = re.sub(r"&#\d{8,}", "", text)  # no character has such a number
     text = html.unescape(html.unescape(text))  # &amp;lt; was escaped twice
-    text = re.sub(r"</?[a-zA-Z][^>]*>|#\d+;", " ", text)
+    text = re.sub(r"</?[a-zA-Z][^<>]*>|#\d+;", " ", text)
     return " ".join(text.replace("\\$", "$").replace("\\", " ").split())
 
 
@@ -487,7 +495,7 @@ def read_vectors(source: str, words: set[str], cache: Path) -> dict[str, np.ndar
         try:
             vectors = pretrained_aliases[source](cache=str(cache))
         except Exception as error:  # urllib, zipfile and torchtext each have errors of their own
-            fail(f"--vectors {source}: the download failed ({error}). Give a file instead")
+            fail(f"--vectors {source}: the download failed ({error}). Remove {cache} and try again, or give a file")
         return {word: vectors.vectors[vectors.stoi[word]].numpy() for word in words if word in vectors.stoi}
     found, width = {}, None
     try:
@@ -547,7 +555,7 @@ def cooccurrence_vectors(stems: list[list[str]], number: dict[str, int], width: 
 
     columns = {"<pad>": PAD, "<unk>": UNK} | number
     weights = TfidfVectorizer(analyzer=list, vocabulary=columns, sublinear_tf=True).fit_transform(stems)  # (texts, V)
-    svd = TruncatedSVD(min(width, len(stems) - 1), random_state=0).fit(weights)
+    svd = TruncatedSVD(min(width, len(stems) - 1, len(columns)), random_state=0).fit(weights)
     vectors = normalize(svd.components_.T * svd.singular_values_) * math.sqrt(width)
     vectors[[PAD, UNK]] = 0.0
     return vectors
@@ -630,7 +638,10 @@ def prepare(args: argparse.Namespace, news: News) -> Inputs:
         features = np.zeros((len(vocab), len(next(iter(vectors.values())))), dtype=np.float32)
         for word, vector in vectors.items():
             features[vocab.stoi[word]] = vector
-        features /= features[features.any(1)].std()
+        spread = features[features.any(1)].std()
+        if not spread > 0:
+            fail(f"--vectors {source}: all its numbers are the same. Give other vectors, or --vectors none")
+        features /= spread
         coverage = sum(counts[word] for word in vectors) / sum(counts.values())
         name, width = Path(source).name, features.shape[1]
         print(f"vectors   {name}: {width} numbers a word, {coverage:.1%} of the tokens covered")
@@ -1164,6 +1175,9 @@ def compare_tokenizers(args: argparse.Namespace, news: News) -> dict:
                 "oof_accuracy_se": metrics["oof_accuracy_se"],
             }
         )
+    results = {row["tokenizer"]: row for row in table}
+    if dist.is_initialized() and dist.get_rank():
+        return results
     frame = pd.DataFrame(table)
     with atomic(folder / "tokenizers.csv") as temporary:
         frame.to_csv(temporary, index=False, float_format="%.4f")
@@ -1172,7 +1186,7 @@ def compare_tokenizers(args: argparse.Namespace, news: News) -> dict:
     telling = max(short, key=lambda row: len(ways[row]) - len(set(tokens["basic_english"][row])))  # most different
     plot_tokenizers(folder / "tokenizers.png", frame, {name: texts[telling] for name, texts in tokens.items()})
     print(f"\n{frame.to_string(index=False, float_format='%.4f')}\nwrote     {folder}/tokenizers.csv, tokenizers.png")
-    return {row["tokenizer"]: row for row in table}
+    return results
 
 
 def cross_validate(args: argparse.Namespace, news: News, folder: Path) -> dict:
@@ -1256,8 +1270,6 @@ def cross_validate(args: argparse.Namespace, news: News, folder: Path) -> dict:
     }
     if rank == 0:
         leave_results(news, inputs, folder, state, oof, test, metrics)
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return metrics
 
 
@@ -1301,6 +1313,8 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"stopped   go on with: {shlex.join(['python', sys.argv[0], *words, '--resume'])}")
         raise SystemExit(128 + number) from None
     finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         while held_locks:
             os.close(held_locks.pop())
 

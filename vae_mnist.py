@@ -178,7 +178,8 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     """(rank, world size): (0, 1) alone, else of the group that torchrun started."""
     if "RANK" not in os.environ:
         return 0, 1
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -206,14 +207,17 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # so that not even a power cut leaves half of it
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and path.suffix != ".pt":
+            raise
         reason = error.strerror if isinstance(error, OSError) else "torch.save broke off: is the disk full?"
         fail(f"{path}: cannot be written ({reason}). Make room, then go on with --resume")
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a disk that has become read-only not even a missing file can be removed
+            temporary.unlink()
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -234,10 +238,11 @@ def open_run(folder: Path, resume: bool, config: dict) -> None:
                 fcntl.flock(held_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
             for stale in folder.glob(".*.tmp"):
                 stale.unlink()
-            if resume or attempt or not any(path.is_file() for path in folder.iterdir()):
-                break
-            if not (folder / "config.json").exists():
+            names = {path.name for path in folder.iterdir() if path.is_file()}
+            if names and "config.json" not in names:
                 fail(f"{folder}: holds files that no run left there. Name another folder with --out")
+            if resume or attempt or "checkpoint.pt" not in names:
+                break
             previous = folder.with_name(folder.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
@@ -325,12 +330,14 @@ def keep_images(path: Path, decode: Callable[[], Iterator[np.ndarray]]) -> Image
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY) if fcntl else None
+        if fcntl:
+            folder = os.open(path.parent, os.O_RDONLY)
+            fcntl.flock(folder, fcntl.LOCK_EX)
     except OSError as error:
         fail(f"{path.parent}: cannot be written ({error.strerror}). Name another folder with --out")
     try:
-        if fcntl:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+        for stale in path.parent.glob(".images-*.tmp"):
+            stale.unlink()
         if not path.exists():
             with atomic(path) as temporary, open(temporary, "wb") as file:
                 for images in decode():
@@ -398,10 +405,10 @@ class Split(NamedTuple):
 
 def split_images(images: Images, seed: int, limit: int | None) -> Split:
     """Deal the images, at most `limit` of them, at random into 80% for training, 10% and 10%, or 5,000 if fewer."""
-    if len(images) < 10:
-        fail(f"{len(images)} images are too few to split; give 10 or more")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:limit]
-    tenth = min(max(1, len(order) // 10), 5000)
+    if len(order) < 20:
+        fail(f"{len(order)} images are too few to split; give 20 or more")
+    tenth = min(len(order) // 10, 5000)
     test, validation, train = (
         Images(images.path, rows) for rows in order.split([tenth, tenth, len(order) - 2 * tenth])
     )
@@ -1039,6 +1046,8 @@ def load_finished(folder: Path, device: torch.device) -> tuple[VAE, dict]:
     if not path.exists():
         fail(f"{folder}: no run there. Train first, or name its folder with --out and its λ with --lambda")
     state = load_checkpoint(path, SCRIPT, {})
+    if "average" not in state:
+        fail(f"{folder}: its run is not finished. Go on with it: --resume")
     return build_model(state).to(device), state["settings"]
 
 
@@ -1114,14 +1123,17 @@ def run(args: argparse.Namespace, images: Split, sha256: str, kl_weight: float) 
     checkpoint, finished = folder / "checkpoint.pt", folder / "metrics.json"
     sweep = len(args.kl_weight) > 1
     state = None
-    if checkpoint.exists() and (args.resume or (sweep and finished.exists())):
+    if checkpoint.exists() and (args.resume or sweep):
         state = load_checkpoint(checkpoint, SCRIPT, settings if args.resume else {})
-        state = state if state["settings"] == settings else None
-    if state and finished.exists():
+        if state["settings"] != settings or not (args.resume or "metrics" in state):
+            state = None
+    if state and "metrics" in state:
         print(f"finished  {folder} holds this run's end already")
-        return json.loads(finished.read_text(encoding="utf-8"))
+        if rank == 0 and not finished.exists():  # stopped between the two files
+            write_json(finished, state["metrics"])
+        return state["metrics"]
     if rank == 0:
-        open_run(folder, args.resume and state is not None, describe_run(args, {"data": sha256}))
+        open_run(folder, args.resume, describe_run(args, {"data": sha256}))
     state = state or {"script": SCRIPT, "settings": settings, "partial": None, "seconds": 0.0}
     earlier = state["seconds"]
 
@@ -1156,7 +1168,7 @@ def run(args: argparse.Namespace, images: Split, sha256: str, kl_weight: float) 
                 "parameters": count_parameters(model), "seconds": earlier + time.monotonic() - begin}  # fmt: skip
     if rank == 0:
         leave_results(folder, average, test, scores, history, args, kl_weight)
-        state |= {"partial": None, "average": average.cpu().state_dict(), "seconds": metrics["seconds"]}
+        state |= {"partial": None, "average": average.cpu().state_dict(), "metrics": metrics}
         with atomic(checkpoint) as temporary:
             torch.save(state, temporary)
         write_json(finished, metrics)

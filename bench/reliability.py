@@ -13,6 +13,7 @@ import csv
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import statistics
@@ -44,13 +45,15 @@ def command_of(script: str, data: Path) -> list[str]:
     return [sys.executable, str(ROOT / script), "--data", str(data / file), *shlex.split(flags), "--out", "out"]
 
 
-def metrics_in(folder: Path) -> dict:
-    """The final metrics of the one run below `folder`, its seconds left out."""
+def results_in(folder: Path) -> tuple[dict, bytes | None]:
+    """The final metrics of the one run below `folder`, its seconds left out, and submission.csv."""
     [path] = (folder / "out").rglob("metrics.json")
-    return json.loads(path.read_text(encoding="utf-8")) | {"seconds": None}
+    submission = folder / "submission.csv"
+    metrics = json.loads(path.read_text(encoding="utf-8")) | {"seconds": None}
+    return metrics, submission.read_bytes() if submission.exists() else None
 
 
-def damaged(folder: Path) -> list[str]:
+def damaged(folder: Path, submission: bytes | None) -> list[str]:
     """The files below `folder` that stand under their own name and cannot be read whole."""
     found = []
     for path in folder.rglob("*"):
@@ -63,63 +66,65 @@ def damaged(folder: Path) -> list[str]:
                 Image.open(path).load()
             elif path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
-            elif path.suffix == ".csv":
-                with open(path, newline="", encoding="utf-8") as file:
-                    rows = list(csv.reader(file))
-                if len({len(row) for row in rows}) != 1 or len(rows) < 2:
-                    raise ValueError("ragged")
+            elif path.name == "submission.csv" and path.read_bytes() != submission:
+                raise ValueError("not that of the undisturbed run")
         except Exception as error:
             found.append(f"{path.name} ({error})")
     return found
 
 
-def stop_at(process: subprocess.Popen, number: int, moment: float | str, folder: Path) -> None:
-    """Send the signal after `moment` seconds, or as soon as a temporary name with that ending is seen."""
-    begin = time.monotonic()
+def stop_at(process: subprocess.Popen, number: int, moment: float | str, folder: Path) -> bool:
+    """Send the signal after `moment` seconds, or when a temporary name with that ending is seen for the n-th time.
+
+    Returns whether a file was being written then.
+    """
+    begin, last, seen = time.monotonic(), False, 0
+    name, _, nth = moment.partition(" ") if isinstance(moment, str) else ("", "", "0")
     while process.poll() is None:
-        late = time.monotonic() - begin
-        seen = isinstance(moment, str) and any(folder.rglob(f".*{moment}.tmp"))
-        if seen or (isinstance(moment, float) and late >= moment):
+        writing = any(folder.rglob(f".*{name}.tmp"))
+        seen += writing and not last
+        last = writing
+        if seen == int(nth) if name else time.monotonic() - begin >= moment:
             process.send_signal(number)
-            break
+            process.wait()
+            return writing
         time.sleep(0.0005)
-    process.wait()
+    return False
 
 
 def kill(own: argparse.Namespace) -> None:
-    """Tried and lost, for each script and signal. Lost is a run whose resumed metrics differ or that left damage."""
+    """Tried and lost, for each script and signal. Lost is a run whose resumed results differ or that left damage."""
     draw = random.Random(own.seed)
-    print(
-        "| script | signal | stopped | of these while a checkpoint or a figure was written | lost |\n|" + " --- |" * 5
-    )
+    print("| script | signal | stopped | while a file was written | lost |\n| --- | --- | --- | --- | --- |")
     for script in TASKS:
         with tempfile.TemporaryDirectory() as name:
             begin = time.monotonic()
             subprocess.run(command_of(script, own.data), cwd=name, check=True, capture_output=True)
-            seconds, expected = time.monotonic() - begin, metrics_in(Path(name))
+            seconds, expected = time.monotonic() - begin, results_in(Path(name))
         for number in SIGNALS:
             stopped, writing, lost = 0, 0, []
             moments = [draw.uniform(0, seconds) for _ in range(own.times // 2)]
-            moments += ["checkpoint.pt" if i % 2 else ".png" for i in range(own.times - len(moments))]
+            moments += [f"{'checkpoint.pt' if i % 2 else '.png'} {1 + i // 2 % 3}" for i in range(own.times // 2)]
             for moment in tqdm(moments, f"{script} {number.name}", disable=None, leave=False):
                 with tempfile.TemporaryDirectory() as name:
                     folder, command = Path(name), command_of(script, own.data)
-                    process = subprocess.Popen(command, cwd=name, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                    stop_at(process, number, moment, folder)
+                    process = subprocess.Popen(command, cwd=name, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                    writing += stop_at(process, number, moment, folder)
+                    _, errors = process.communicate()
                     stopped += process.returncode != 0
-                    writing += any(path.name.endswith(".tmp") for path in folder.rglob(".*"))
-                    wrong = damaged(folder)
-                    again = subprocess.run(
-                        [*command, "--resume"], cwd=name, capture_output=True, text=True, check=False
-                    )
-                    wrong += damaged(folder) + [str(path) for path in folder.rglob(".*.tmp")]
-                    if again.returncode or metrics_in(folder) != expected:
+                    wrong = damaged(folder, expected[1])
+                    if process.returncode not in (0, -number, 128 + number) and folder.joinpath("out").exists():
+                        wrong.append(f"ended with {process.returncode}: {errors.decode()[-500:]}")
+                    command.append("--resume")
+                    again = subprocess.run(command, cwd=name, capture_output=True, text=True, check=False)
+                    wrong += [f"{path} is left" for path in folder.rglob(".*.tmp")]
+                    if again.returncode or results_in(folder) != expected:
                         wrong.append(f"resumed otherwise: {again.stderr[-500:]}")
                     if wrong:
                         lost.append(f"{moment}: {'; '.join(wrong)}")
-            print(f"| `{script}` | {number.name} | {stopped} of {own.times} | {writing} | {len(lost)} |", flush=True)
+            print(f"| `{script}` | {number.name} | {stopped} of {len(moments)} | {writing} | {len(lost)} |", flush=True)
             for line in lost:
-                print(f"lost: {line}", file=sys.stderr)
+                print(f"lost: {line}", file=sys.stderr, flush=True)
 
 
 def repeat_news(source: Path, times: int, folder: Path) -> int:
@@ -163,15 +168,16 @@ def grow(own: argparse.Namespace) -> None:
                 count = repeat(source, times, Path(name))
                 command = [sys.executable, str(ROOT / script), "--data", str(Path(name, file)), *shlex.split(flags)]
                 begin = time.monotonic()
-                process = subprocess.Popen(command, cwd=name, stdout=subprocess.DEVNULL)
-                _, status, usage = os.wait4(process.pid, 0)
+                process, peak = subprocess.Popen(command, cwd=name, stdout=subprocess.DEVNULL), 0
+                while process.poll() is None:  # its own peak; that of getrusage begins with its parent's
+                    found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+                    peak = int(found[1]) / 1024 if found else peak
+                    time.sleep(0.05)
                 seconds = time.monotonic() - begin
-                if status:
+                if process.returncode:
                     raise SystemExit(f"{shlex.join(command)} failed")
-            curve.append((count, usage.ru_maxrss / 1024, seconds))
-            print(
-                f"| {count:,} {kind} | {curve[-1][1]:.0f} | {seconds:.0f} | {1000 * seconds / count:.2f} |", flush=True
-            )
+            curve.append((count, peak, seconds))
+            print(f"| {count:,} {kind} | {peak:.0f} | {seconds:.0f} | {1000 * seconds / count:.2f} |", flush=True)
         counts, peaks, times_taken = zip(*curve, strict=True)
         left.loglog(counts, peaks, "o-", label=kind)
         right.loglog(counts, [1000 * s / n for n, s in zip(counts, times_taken, strict=True)], "o-", label=kind)
@@ -186,7 +192,7 @@ def grow(own: argparse.Namespace) -> None:
 
 
 def spread(own: argparse.Namespace) -> None:
-    """Seconds of two further epochs, one process against two of one thread each, in turn; the ratio of the medians."""
+    """Seconds of two further epochs, one process with all threads against two of one each, in turn."""
     alone, both = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                      "--nproc-per-node", "2"]  # fmt: skip
     flags = "--limit 2000 --iwae 1 --iwae-images 1"
@@ -196,14 +202,14 @@ def spread(own: argparse.Namespace) -> None:
     for script, (file, words) in tasks.items():
         taken: dict[int, list[float]] = {1: [], 2: []}
         for _ in range(own.rounds):
-            for number, start in ((1, alone), (2, both)):
+            for number, start, threads in ((1, alone, {}), (2, both, {"OMP_NUM_THREADS": "1"})):
                 seconds = []
                 for epochs in ("1", "3"):
                     with tempfile.TemporaryDirectory() as name:
                         command = [*start, str(ROOT / script), "--data", str(own.data / file), *shlex.split(words)]
                         begin = time.monotonic()
                         subprocess.run([*command, "--epochs", epochs], cwd=name, check=True, capture_output=True,
-                                       env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                                       env=os.environ | threads)  # fmt: skip
                         seconds.append(time.monotonic() - begin)
                 taken[number].append(seconds[1] - seconds[0])
         one, two = (statistics.median(taken[number]) for number in (1, 2))

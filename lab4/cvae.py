@@ -204,7 +204,8 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     """(rank, world size): (0, 1) alone, else of the group that torchrun started."""
     if "RANK" not in os.environ:
         return 0, 1
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -232,14 +233,17 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # so that not even a power cut leaves half of it
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and path.suffix != ".pt":
+            raise
         reason = error.strerror if isinstance(error, OSError) else "torch.save broke off: is the disk full?"
         fail(f"{path}: cannot be written ({reason}). Make room, then go on with --resume")
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a disk that has become read-only not even a missing file can be removed
+            temporary.unlink()
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -260,10 +264,11 @@ def open_run(folder: Path, resume: bool, config: dict) -> None:
                 fcntl.flock(held_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
             for stale in folder.glob(".*.tmp"):
                 stale.unlink()
-            if resume or attempt or not any(path.is_file() for path in folder.iterdir()):
-                break
-            if not (folder / "config.json").exists():
+            names = {path.name for path in folder.iterdir() if path.is_file()}
+            if names and "config.json" not in names:
                 fail(f"{folder}: holds files that no run left there. Name another folder with --out")
+            if resume or attempt or "checkpoint.pt" not in names:
+                break
             previous = folder.with_name(folder.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
@@ -417,6 +422,8 @@ def read_verbs(folder: Path, holdout: int, limit: int | None, seed: int) -> Verb
         held_out = [lines[row] for row in order[:holdout]]
         order = [row for row in order[holdout:] if not forms & set(lines[row])]  # lie, lay: a form in two lines
     train = [lines[row] for row in sorted(order[:limit])]
+    if not train:
+        fail(f"{folder / 'train.txt'}: all other verbs share a form with those held out. Lower --holdout {holdout}")
     print(f"verbs     {len(train)} for training, {len(held_out)} held out, {len(tests)} test pairs")
     return Verbs(train, held_out, tests, {"train.txt": train_hash, "test.txt": test_hash})
 
@@ -926,9 +933,11 @@ def run(args: argparse.Namespace, verbs: Verbs, folder: Path) -> dict:
     settings = {name: getattr(args, name) for name in kept} | verbs.hashes
     checkpoint, finished = folder / "checkpoint.pt", folder / "metrics.json"
     state = load_checkpoint(checkpoint, "cvae", settings) if args.resume and checkpoint.exists() else None
-    if state and finished.exists():
+    if state and "metrics" in state:
         print(f"finished  {folder} holds this run's end already")
-        return json.loads(finished.read_text(encoding="utf-8"))
+        if not finished.exists():  # stopped between the two files
+            write_json(finished, state["metrics"])
+        return state["metrics"]
     open_run(folder, args.resume, describe_run(args, verbs.hashes))
     state = state or {"script": "cvae", "settings": settings, "partial": None, "seconds": 0.0}
     earlier = state["seconds"]
@@ -985,7 +994,7 @@ def leave_results(
     write_table(folder / "interpolation.csv", TENSES, between(model, first, final))
     plot_history(folder / "training.png", {args.kl_schedule: history})
     metrics["seconds"] = seconds + time.monotonic() - begin
-    state |= {"partial": None, "average": model.state_dict(), "seconds": metrics["seconds"]}
+    state |= {"partial": None, "average": model.state_dict(), "metrics": metrics}
     with atomic(folder / "checkpoint.pt") as temporary:
         torch.save(state, temporary)
     write_json(folder / "metrics.json", metrics)

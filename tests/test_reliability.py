@@ -58,9 +58,10 @@ def folder_of(script, out):
 
 
 def left_whole(script, out):
-    """What stands there is whole: no temporary name, every checkpoint and picture can be read."""
+    """Every checkpoint, picture and table that stands there under its own name can be read whole."""
     from PIL import Image
 
+    assert Path(out).is_dir()
     for path in [*Path(out).rglob("*"), *Path(".").glob("submission.csv")]:
         if path.suffix == ".pt":
             torch.load(path, weights_only=True)
@@ -130,7 +131,7 @@ def test_no_room(script, when, monkeypatch, capsys):
     assert run(script, "--out", "full", "--resume") == whole(script)
 
 
-UNREADABLE = Path("/proc/self/mem")  # opens well; its first page raises an input/output error
+UNREADABLE = Path("/proc/self/mem")  # opens well; reading it raises an input/output error
 READERS = {
     "csv": lambda path: transformer.read_rows(path),
     "vectors": lambda path: transformer.read_vectors(str(path), {"the"}, Path("out")),
@@ -140,9 +141,9 @@ READERS = {
 }
 
 
-@pytest.mark.skipif(not UNREADABLE.exists(), reason="needs a file that cannot be read half-way: Linux's /proc")
+@pytest.mark.skipif(not UNREADABLE.exists(), reason="needs a file that opens and cannot be read: Linux's /proc")
 @pytest.mark.parametrize("kind", READERS)
-def test_unreadable_half_way(kind, capsys):
+def test_a_file_that_cannot_be_read(kind, capsys):
     with pytest.raises(SystemExit) as stopped:
         READERS[kind](UNREADABLE)
     error = capsys.readouterr().err
@@ -157,6 +158,31 @@ def test_two_runs_given_the_same_folder(script, capsys):
         run(script, "--out", "out")
     assert stopped.value.code == 2 and "another run is writing there" in capsys.readouterr().err
     assert not script.held_locks
+
+
+@each_script
+def test_stopped_between_the_last_two_files(script, monkeypatch):
+    """The checkpoint is whole and metrics.json is missing: nothing is trained again."""
+    assert run(script, "--out", "cut") == whole(script)
+    path = folder_of(script, "cut") / "metrics.json"
+    path.unlink()
+    monkeypatch.setattr(script, "learning_rate", None)
+    assert run(script, "--out", "cut", "--resume") == whole(script) and path.exists()
+
+
+@each_script
+def test_a_finished_run_is_kept_until_another_has_begun(script, monkeypatch):
+    run(script, "--out", "out")
+    kept = folder_of(script, "out").with_name(folder_of(script, "out").name + ".previous")
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "learning_rate", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        for _ in range(2):  # two starts over that end before they have saved anything
+            if (child := os.fork()) == 0:
+                run(script, "--out", "out", "--seed", "1")
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (kept / "metrics.json").exists()
+    run(script, "--out", "out", "--seed", "1", "--resume")
+    assert (kept / "metrics.json").exists() and (folder_of(script, "out") / "metrics.json").exists()
 
 
 @each_script
@@ -226,7 +252,7 @@ def rank_of(pid):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes in Linux's /proc")
 @pytest.mark.parametrize("script, victim", [(transformer, 1), (vae_mnist, 0)])
 def test_one_process_killed(script, victim):
-    more = ["--epochs", "8" if script is transformer else "60"]
+    more = ["--epochs", "100" if script is transformer else "60"]
     whole = spread(path_of(script), script, *more, "--out", "whole")
     output, _ = whole.communicate(timeout=100)
     assert whole.returncode == 0 and output.count("wrote ") == 1  # one of the two writes

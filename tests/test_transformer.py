@@ -325,6 +325,20 @@ def test_2021_format_and_labels_as_they_came(here):
     assert {row[1] for row in submission[1:]} <= set(words.values())
 
 
+def test_texts_of_few_words(here):
+    """Fewer stems than the vectors have numbers."""
+    write_rows(
+        "data/train.csv", [["Id", "Category", "Title"], *([i, i % 2, f"hello world number {i}"] for i in range(8))]
+    )
+    write_rows("data/test.csv", [["Id", "Title"], [1, ""]])
+    assert run("--vectors", "none")["oof_accuracy"] >= 0
+
+
+def test_texts_that_would_take_an_hour_to_clean():
+    assert t.clean_text("&#" + "1" * 5000) == "" and t.clean_text("&#38;") == "&"
+    assert len(t.clean_text("<a" * 100_000)) == 200_000
+
+
 def test_headerless_ag_news(here):
     write_rows("data/train.csv", [row[1:] for row in rows_of("data/train.csv")[1:]])
     write_rows("data/test.csv", [["3", *row[1:]] for row in rows_of("data/test.csv")[1:]])
@@ -460,10 +474,12 @@ BAD = {
     "column twice": (text("train.csv", b"Id,Label,Id\n1,a,x\n"), [], r"two columns have the same name"),
     "no such column": (lambda: None, ["--text-columns", "Body"], r"--text-columns Body: no such column; found Id"),
     "wrong sample": (text("sample_submission.csv", b"Id,Category\n7,1\n"), [], r"its ids are not those of"),
+    "narrow sample": (text("sample_submission.csv", b"Id\n7\n"), [], r"has the columns Id, not an id and a label"),
     "ragged vectors": (text("v.vec", b"the 1 2 3\nof 1 2\n"), [], r"v.vec: line 2 has 2 numbers, the first has 3"),
     "wide vectors": (text("v.vec", b"the 1 2 3\nof 1 2 3 4\n"), [], r"v.vec: line 2 has 4 numbers, the first has 3"),
     "vectors of words": (text("v.vec", b"the 1 2 3\nof x y z\n"), [], r"v.vec: line 2 holds something that is not"),
     "vectors of nan": (text("v.vec", b"the 1 2 3\nof 1 nan 2\n"), [], r"values that are not finite"),
+    "flat vectors": (text("v.vec", b"the 1 1 1\nof 1 1 1\n"), [], r"v.vec: all its numbers are the same"),
     "no vectors file": (lambda: None, ["--vectors", "none.txt"], r"--vectors none.txt: No such file"),
     "useless vectors": (text("v.vec", b"xyzzy 1 2 3\n"), [], r"has none of the texts' words"),
     "other settings": (trained_elsewhere, ["--out", "out", "--resume"], r"trained with layers 2, not 1"),

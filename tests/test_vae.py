@@ -496,6 +496,7 @@ BOTH = {
     "nothing to evaluate": (lambda: None, ["--sample", "3"], r"lambda-1: no run there\. Train first"),
     "out is a file": (lambda: Path("out").touch(), ["--out", "out"], r"out\S*: cannot be written"),
     "no such device": (lambda: None, ["--device", "mps"], r"--device mps: torch finds no such device"),
+    "small limit": (lambda: None, ["--limit", "2"], r"2 images are too few to split; give 20 or more"),
     "few images": (lambda: (np.savez("digits.npz", image=digits(5)), write_zip("faces.zip", faces(5))), [], "too few"),
 }
 BAD = {
@@ -528,6 +529,18 @@ def test_bad_input_ends_with_one_line(here, capsys, case):
     assert re.search(message, error), error
     assert not list(Path(".").rglob("metrics.json"))
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_an_unfinished_run_has_no_model_to_use(twin, here, capsys):
+    run(twin)
+    path = folder_of(twin) / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({name: value for name, value in state.items() if name not in ("average", "metrics")}, path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        twin.main(["--sample", "3"])
+    assert stopped.value.code == 2 and "its run is not finished. Go on with it: --resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("twin", TWINS)
