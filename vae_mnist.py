@@ -468,7 +468,8 @@ def principal_components(images: Images, count: int, kl_weight: float) -> Linear
     _, s, directions = torch.svd_lowrank(x, min(found + 32, *x.shape), niter=2)
     directions = F.pad(directions.T[:found], (0, 0, 0, count - found)).contiguous()  # (k, D)
     variances = F.pad(s[:found].square() / len(x), (0, count - found))
-    rest = x.norm().square() / len(x) - variances.sum()
+    total = sum(part.square().sum() for part in x.split(256))  # norm() of so many loses a five-hundredth in float32
+    rest = total / len(x) - variances.sum()
     square = rest / x.shape[1]  # σ²: grows from the least that it can be
     for _ in range(1000):
         square = ((rest + variances.clamp(max=kl_weight * square).sum()) / x.shape[1]).clamp_min(1e-6)
