@@ -91,29 +91,28 @@ def temporary_names():
     return [path for path in Path(".").rglob(".*") if path.name.endswith(".tmp")]
 
 
-KILLER = """
-import os, signal, sys
-name, number, *words = sys.argv[1:]
-sys.path[:0] = {paths!r}
-script, replace, seen = __import__(name), os.replace, []
-def killed(source, target):
-    if str(target).endswith({suffix!r}):
-        seen.append(target)
-        if len(seen) == int(number):
-            os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-os.replace = killed
-script.main(words)
-"""
+def killed(script, *more):
+    """Run `script` in a process of its own, which is to be killed."""
+    if (child := os.fork()) == 0:
+        run(script, *more)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 @each_script
 @pytest.mark.parametrize("suffix, number", [("checkpoint.pt", 2), (".png", 1)])
-def test_killed_while_it_writes(script, suffix, number):
-    program = KILLER.format(paths=[str(ROOT), str(ROOT / "lab4")], suffix=suffix)
-    command = [sys.executable, "-c", program, script.__name__, str(number), *shlex.split(WORDS[script]), "--out", "cut"]
-    done = subprocess.run(command, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+def test_killed_while_it_writes(script, suffix, number, monkeypatch):
+    replace, seen = os.replace, []
+
+    def killing(source, target):
+        seen.append(target) if str(target).endswith(suffix) else None
+        if len(seen) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killing)
+        killed(script, "--out", "cut")
     assert temporary_names()
     left_whole(script, "cut")
     assert run(script, "--out", "cut", "--resume") == whole(script)
@@ -191,9 +190,7 @@ def test_a_finished_run_is_kept_until_another_has_begun(script, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(script, "learning_rate", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
         for _ in range(2):  # two starts over that end before they have saved anything
-            if (child := os.fork()) == 0:
-                run(script, "--out", "out", "--seed", "1")
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            killed(script, "--out", "out", "--seed", "1")
     assert (kept / "metrics.json").exists()
     run(script, "--out", "out", "--seed", "1", "--resume")
     assert (kept / "metrics.json").exists() and (folder_of(script, "out") / "metrics.json").exists()
@@ -222,16 +219,24 @@ def test_a_signal_between_batches_ends_it_at_once(script, monkeypatch, capsys):
 
 FIRST_GRADIENTS = """
 import os, sys
-sys.path.insert(0, {root!r})
-import torch, {name} as script
-if hasattr(script, "Dropout"):
-    script.Dropout.forward = lambda self, x: x
-def keep(parameters, norm):
-    torch.save([p.grad for p in parameters], "gradients-%s.pt" % os.environ.get("RANK", "alone"))
-    raise SystemExit(0)
-script.nn.utils.clip_grad_norm_ = keep
-script.main(sys.argv[1:])
+sys.path[:0] = [{tests!r}]
+import test_reliability
+test_reliability.save_first_gradients(sys.modules[{name!r}], sys.argv[1:], os.environ["RANK"])
 """
+
+
+def save_first_gradients(script, words, name):
+    """Write the gradients of the first step, dropout off, to gradients-<name>.pt."""
+
+    def keep(parameters, norm):
+        torch.save([p.grad for p in parameters], f"gradients-{name}.pt")
+        raise SystemExit(0)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
+        if script is transformer:
+            patch.setattr(transformer.Dropout, "forward", lambda self, x: x)
+        script.main(words)
 
 
 def spread(program, script, *more):
@@ -246,11 +251,10 @@ def test_gradients_of_two_processes_equal_one_process(script, tmp_path):
     """The first global batch's, with dropout off; the VAEs' noise belongs to the image."""
     more = ["--word-dropout", "0"] if script is transformer else []
     program = tmp_path / "first_gradients.py"
-    program.write_text(FIRST_GRADIENTS.format(root=str(ROOT), name=script.__name__))
-    process = spread(program, script, *more, "--out", "two")
-    output = process.communicate(timeout=100)
+    program.write_text(FIRST_GRADIENTS.format(tests=str(Path(__file__).parent), name=script.__name__))
+    output = spread(program, script, *more, "--out", "two").communicate(timeout=100)
     assert Path("gradients-1.pt").exists(), output
-    subprocess.run([sys.executable, program, *shlex.split(WORDS[script]), *more, "--out", "one"], check=True)
+    save_first_gradients(script, [*shlex.split(WORDS[script]), *more, "--out", "one"], "alone")
     alone, first, second = (torch.load(f"gradients-{rank}.pt", weights_only=True) for rank in ("alone", 0, 1))
     assert any(gradient.abs().max() > 1e-3 for gradient in alone)
     for expected, ours, theirs in zip(alone, first, second, strict=True):
