@@ -565,8 +565,10 @@ def find_grams(tokens: torch.Tensor, roots: torch.Tensor, pairs: torch.Tensor) -
     """Numbers of the distinct stems and pairs of neighbouring stems in a text; a pair not in `pairs` has none."""
     stems = roots[tokens]  # (T,)
     keys = stems[:-1] * len(roots) + stems[1:]
-    known = keys[torch.isin(keys, pairs)]
-    return torch.cat([stems, torch.searchsorted(pairs, known) + len(roots)]).unique()
+    places = torch.searchsorted(pairs, keys)
+    inside = places < len(pairs)
+    places, keys = places[inside], keys[inside]
+    return torch.cat([stems, places[pairs[places] == keys] + len(roots)]).unique()
 
 
 def class_evidence(
