@@ -909,6 +909,11 @@ def to_bytes(images: torch.Tensor) -> torch.Tensor:
     return (images.float().clamp(0, 1) * 255).round().byte().cpu()
 
 
+def as_seen(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images as the model sees them: binary where LEVELS is 2."""
+    return torch.cat([to_bytes(to_pixels(part)) for part in images.split(250)])
+
+
 def tile(images: torch.Tensor, columns: int) -> np.ndarray:
     """uint8 images (N, C, H, W) -> one RGB image, `columns` beside each other, white lines between."""
     images = F.pad(images.expand(-1, 3, -1, -1), (1, 1, 1, 1), value=255)
@@ -1025,7 +1030,6 @@ def plot_sweep(
     folder: Path, table: list[dict], models: list[VAE], test: torch.Tensor, args: argparse.Namespace
 ) -> None:
     """lambda-sheet.png: a column for each λ; rate-distortion.png: KL against reconstruction, a point for each."""
-    chosen = args.image % len(test)
     figure = new_figure(2.6 * len(models) + 0.4, 14.5)
     grid = figure.subplots(7, len(models), squeeze=False, height_ratios=(4, 4, 4, 2.4, 2.2, 2.2, 2.4))
     for column, row, model in zip(grid.T, table, models, strict=True):
@@ -1036,6 +1040,7 @@ def plot_sweep(
         show(column[1], tile(scores["reconstructed"][:36], 6), f"reconstructed, {row['psnr_db']:.1f} dB")
         show(column[2], tile(draw_samples(model, 36, args.seed), 6), "samples from the prior")
         show(column[3], tile(interpolate(model, scores["mu"], 4, 8), 8), "between two images' codes")
+        chosen = args.image % len(report["mean_u"])
         order = report["var_u"][chosen].argsort()
         for panel, key, prior in ((column[4], "mean_u", 0.0), (column[5], "var_u", 1.0)):
             panel.bar(range(len(order)), report[key][chosen][order], width=1.0)
@@ -1235,8 +1240,8 @@ def leave_results(
         writer.writeheader()
         writer.writerows(history)
     report = describe_posterior(model, scores["mu"], scores["logvar"])
-    chosen, rows = args.image % len(test), min(8, len(test) // 2)
-    real = to_bytes(to_pixels(test))  # as the model sees them: binary where LEVELS is 2
+    chosen, rows = args.image % len(report["mean_u"]), min(8, len(test) // 2)
+    real = as_seen(test)
     plot_learning_curve(folder / "learning-curve.png", history, kl_weight)
     plot_pair(folder / "reconstructions.png", real, scores["reconstructed"], ("real", "reconstructed"))
     figure = new_figure(5, 5.2)
@@ -1263,7 +1268,7 @@ def compare(args: argparse.Namespace, images: Split, metrics: list[dict]) -> Non
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
         writer.writerows(table)
-    plot_sweep(args.out, table, models, to_bytes(to_pixels(images.test[:])), args)
+    plot_sweep(args.out, table, models, as_seen(images.test[:]), args)
     print("     λ  reconstruction       KL    -ELBO  active units")
     for row in table:
         print(f"{row['lambda']:6g}  {row['reconstruction']:14.2f} {row['kl']:8.2f} {row['neg_elbo']:8.2f} "
