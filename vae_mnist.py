@@ -456,7 +456,7 @@ def principal_components(images: Images, count: int, kl_weight: float) -> Linear
 
     At λ = 1 that is probabilistic PCA (Tipping and Bishop 1999, eqs. 7 and 8; Lucas et al. 2019, theorem 1). At any λ
     it is reverse water-filling (Cover and Thomas 2006, theorem 10.3.3): the error left along a direction is its
-    variance or λσ², whichever is less, and Dσ² is the sum of these errors. Fewer images give fewer directions.
+    variance or λσ², whichever is less, and Dσ² is the sum of these errors. Two images give one direction at most.
     """
     chosen = torch.randperm(len(images), generator=seed_all(len(images)))[:8192]
     x = torch.empty(len(chosen), math.prod(SHAPE))  # (n, D)
@@ -464,7 +464,7 @@ def principal_components(images: Images, count: int, kl_weight: float) -> Linear
         part.copy_(to_pixels(images[rows]).flatten(1))
     mean = x.mean(0)
     x -= mean
-    found = min(count, len(x) - 1)
+    found = min(count, len(x) // 2)  # more would fit few images to the last pixel, with no σ left
     _, s, directions = torch.svd_lowrank(x, min(found + 32, *x.shape), niter=2)
     directions = F.pad(directions.T[:found], (0, 0, 0, count - found)).contiguous()  # (k, D)
     variances = F.pad(s[:found].square() / len(x), (0, count - found))

@@ -172,6 +172,11 @@ def test_principal_components_equal_scikit_learn():
     np.testing.assert_allclose(np.abs(np.diag(start.directions.numpy() @ pca.components_.T)), 1, rtol=1e-3)
 
 
+def test_more_dimensions_than_images_leave_a_sigma():
+    """A start that fits its few images to the last pixel would have σ near 0, and millions of nats on others."""
+    assert tiny_start(vae_anime, 100).sigma > 0.1
+
+
 def test_faces_start_as_probabilistic_pca():
     """At the start q(z|x) is the exact posterior, so every importance weight is the exact likelihood."""
     images = torch.from_numpy(faces(50)).permute(0, 3, 1, 2)
