@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,19 @@ def test_a_file_that_cannot_be_read(kind, capsys):
         READERS[kind](UNREADABLE)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+
+
+@pytest.mark.skipif(not UNREADABLE.exists(), reason="needs a file that opens and cannot be read: Linux's /proc")
+def test_faces_that_cannot_be_read_half_way(capsys):
+    """What was read before is kept; the rest is counted and named."""
+    with zipfile.ZipFile(SAMPLE / "anime-faces.zip") as archive:
+        name = archive.namelist()[0]
+        Path("faces").mkdir()
+        Path("faces", "0" + Path(name).suffix).write_bytes(archive.read(name))
+    for number in (1, 2, 3):
+        Path("faces", f"{number}.jpg").symlink_to(UNREADABLE)
+    assert len(vae_anime.load_images(Path("faces"), Path("out"))[0]) == 1
+    assert "3 images cannot be read and are left out, such as '1.jpg'" in capsys.readouterr().out
 
 
 @each_script
