@@ -598,6 +598,13 @@ class VAE(nn.Module):
         A = self.prior_factor.tril(-1) + self.prior_factor.diagonal(dim1=1, dim2=2).exp().diag_embed()
         return Prior(self.prior_logits.log_softmax(0), self.prior_mean, A)
 
+    @torch.no_grad()
+    def set_prior(self, prior: Prior) -> None:
+        """Change the weights so that `prior()` returns these values."""
+        self.prior_logits.copy_(prior.log_weights)
+        self.prior_mean.copy_(prior.mean)
+        self.prior_factor.copy_(prior.A.tril(-1) + prior.A.diagonal(dim1=1, dim2=2).log().diag_embed())
+
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, C, H, W) in [0, 1] -> mu and logvar of q(z|x), (B, k) each, in float32."""
         mu, logvar = self.encoder(x)
@@ -629,17 +636,51 @@ def reparameterize(mu: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) 
     return mu + (0.5 * logvar).exp() * noise
 
 
-def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor, prior: Prior) -> torch.Tensor:
-    """KL(N(μ, diag σ²) ‖ p(z)) of each item, (B, k) -> (B,); of a mixture an upper bound, so the ELBO stays a bound.
+def kl_to_each(mu: torch.Tensor, logvar: torch.Tensor, prior: Prior) -> torch.Tensor:
+    """KL(N(μ, diag σ²) ‖ each Gaussian of the prior), (B, k) -> (B, K).
 
-    To one Gaussian ½ (‖A (μ - m)‖² + tr(A diag σ² Aᵀ) - k - Σ ln σ²) - ln det A; to N(0, I) that is appendix B of
-    Kingma and Welling. To a mixture -ln Σ w exp(-KL to each), since ln Σ exp is convex (Jensen's inequality).
+    ½ (‖A (μ - m)‖² + tr(A diag σ² Aᵀ) - k - Σ ln σ²) - ln det A; to N(0, I) that is appendix B of Kingma and Welling.
     """
     distance = torch.einsum("bjd,jed->bje", mu[:, None] - prior.mean, prior.A).square().sum(-1)  # (B, K)
     trace = logvar.exp() @ prior.A.square().sum(1).T  # (B, K)
     log_det = prior.A.diagonal(dim1=1, dim2=2).log().sum(-1)  # (K,)
-    kl = 0.5 * (distance + trace - mu.shape[1] - logvar.sum(-1, keepdim=True)) - log_det
-    return -(prior.log_weights - kl).logsumexp(1)
+    return 0.5 * (distance + trace - mu.shape[1] - logvar.sum(-1, keepdim=True)) - log_det
+
+
+def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor, prior: Prior) -> torch.Tensor:
+    """KL(N(μ, diag σ²) ‖ p(z)) of each item, (B, k) -> (B,); of a mixture an upper bound, so the ELBO stays a bound.
+
+    To a mixture it is -ln Σ w exp(-KL to each), since ln Σ exp is convex (Jensen's inequality).
+    """
+    return -(prior.log_weights - kl_to_each(mu, logvar, prior)).logsumexp(1)
+
+
+@torch.no_grad()
+def fit_prior(prior: Prior, mu: torch.Tensor, logvar: torch.Tensor) -> Prior:
+    """The prior of least mean KL from N posteriors (N, k), by EM from `prior` on (Dempster et al. 1977).
+
+    A posterior belongs to a Gaussian by the share r = softmax(ln w - KL to each). Then w is the mean of r, m that of μ
+    and the covariance that of σ² + (μ - m)², weighted by r; of one Gaussian that is the optimum at once. Each is moved
+    towards the mean covariance as by 20 posteriors of it, so that one with few of its own keeps its breadth.
+    """
+    prior = Prior(*(part.to(mu) for part in prior))
+    last, eye = math.inf, torch.eye(mu.shape[1]).to(mu)
+    for _ in range(30):
+        parts = zip(mu.split(250), logvar.split(250), strict=True)
+        joint = torch.cat([prior.log_weights - kl_to_each(*part, prior) for part in parts])  # (N, K)
+        kl = -joint.logsumexp(1).mean().item()
+        if not last - kl > 0.01:  # nats
+            break
+        last, share = kl, joint.softmax(1)
+        size = share.sum(0) + 1e-9  # (K,)
+        weights, m = size / size.sum(), share.T @ mu / size[:, None]
+        square = torch.stack([(mu * r[:, None]).T @ mu for r in share.T]) + (share.T @ logvar.exp()).diag_embed()
+        covariance = square / size[:, None, None] - m[:, :, None] * m[:, None]  # (K, k, k)
+        common = torch.einsum("j,jde->de", weights, covariance)
+        covariance = covariance.lerp(common, (20 / (20 + size))[:, None, None])
+        A = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), eye, upper=False)
+        prior = Prior(weights.log(), m, A)
+    return prior
 
 
 def log_density(z: torch.Tensor, prior: Prior) -> torch.Tensor:
@@ -723,6 +764,7 @@ def train(
 ) -> tuple[VAE, list[dict]]:  # fmt: skip
     """Train `model` with reconstruction + λ KL; return the running average of its weights and the history.
 
+    At the end the average's prior is fitted once more, if that helps the validation images.
     `start` is a state to go on from; `save` takes the state after each epoch and when a signal stops the run. A loss
     that is not finite goes back to the last epoch's end at half the learning rate, three times at most.
     """
@@ -822,7 +864,23 @@ def train(
             good = snapshot()
             save(good)
     catch_signals(finish_batch=False)
+    if kl_weight > 0 and args.prior == "learned":  # gradients may have left it nats away from its optimum
+        fitted = copy.deepcopy(average)
+        fitted.set_prior(fit_prior(average.prior(), *encode_images(average, images.train)))
+        before, after = (evaluate(network, images.validation[:], args.seed)["kl"] for network in (average, fitted))
+        if after < before:
+            average = fitted
+            if rank == 0:
+                print(f"prior     fitted to the training images' codes: validation KL {before:.2f} -> {after:.2f} nats")
     return average.eval(), history
+
+
+@torch.no_grad()
+def encode_images(model: VAE, images: Images) -> list[torch.Tensor]:
+    """mu and logvar (N, k) of at most 8,192 of the images, in double precision on the CPU."""
+    chosen = torch.randperm(len(images), generator=seed_all(len(images)))[:8192]
+    posteriors = [model.encode(to_pixels(images[rows].to(model.prior_mean.device))) for rows in chosen.split(250)]
+    return [torch.cat(parts).cpu().double() for parts in zip(*posteriors, strict=True)]
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def test_the_twins_are_twins(twins):
 @pytest.mark.parametrize(
     "old, new, blamed",
     [
-        ("(distance + trace - mu.shape[1]", "(distance + trace + mu.shape[1]", "kl_divergence"),
+        ("(distance + trace - mu.shape[1]", "(distance + trace + mu.shape[1]", "kl_to_each"),
         ("def reparameterize", "def resample", "names or their order"),
         ("# model\n", "# the model\n", "banners"),
         ("import csv\n", "", "names or their order"),

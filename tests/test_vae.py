@@ -126,6 +126,46 @@ def test_kl_to_a_mixture_is_an_upper_bound_and_tight_for_a_sharp_posterior(twin)
 
 
 @pytest.mark.parametrize("twin", TWINS)
+def test_fit_prior_of_one_gaussian_is_the_aggregate_posterior(twin):
+    mu, logvar = torch.randn(400, 3) @ torch.randn(3, 3), torch.randn(400, 3)
+    fitted = twin.fit_prior(random_prior(twin, 1, 3), mu.double(), logvar.double())
+    covariance = mu.T.cov(correction=0) + logvar.exp().mean(0).diag()
+    torch.testing.assert_close(fitted.mean[0].float(), mu.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((fitted.A[0].mT @ fitted.A[0]).inverse().float(), covariance, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_fit_prior_equals_scikit_learn_on_sharp_posteriors(twin):
+    """With σ near 0 it is EM for a mixture of Gaussians; 20 shared posteriors of 9,000 hardly show."""
+    from sklearn.mixture import GaussianMixture
+
+    torch.manual_seed(0)
+    truth = random_prior(twin, 3, 2)._replace(mean=torch.tensor([[-6.0, 0.0], [0.0, 6.0], [6.0, 0.0]]))
+    mu, logvar = torch_prior(truth).sample((9000,)).double(), torch.full((9000, 2), -16.0).double()
+    start = truth._replace(mean=truth.mean + 1, log_weights=torch.full((3,), -math.log(3)))
+    fitted = twin.fit_prior(start, mu, logvar)
+    reference = GaussianMixture(3, means_init=truth.mean.numpy(), random_state=0).fit(mu.numpy())
+    assert torch_prior(fitted).log_prob(mu).mean() == pytest.approx(reference.score(mu.numpy()), abs=0.01)
+    np.testing.assert_allclose(fitted.mean, reference.means_, atol=0.05)
+    np.testing.assert_allclose(fitted.log_weights.exp(), reference.weights_, atol=0.01)
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_fit_prior_lowers_the_kl_and_stays_sound_where_it_has_little_to_fit(twin):
+    prior, mu, logvar = random_prior(twin, 8, 4), torch.randn(30, 4).double(), torch.randn(30, 4).double()
+    before = twin.kl_divergence(mu, logvar, twin.Prior(*(part.double() for part in prior))).mean()
+    assert twin.kl_divergence(mu, logvar, twin.fit_prior(prior, mu, logvar)).mean() < before
+    for collapsed in (mu[:1].expand(30, 4), mu[:3]):
+        fitted = twin.fit_prior(prior, collapsed, logvar[: len(collapsed)])
+        assert all(part.isfinite().all() for part in fitted)
+    model = twin.VAE(tiny_start(twin), True)
+    fitted = random_prior(twin, len(model.prior_mean), 4)
+    model.set_prior(fitted)
+    for kept, given in zip(model.prior(), fitted, strict=True):
+        torch.testing.assert_close(kept, given)
+
+
+@pytest.mark.parametrize("twin", TWINS)
 def test_log_density_and_draws_are_the_mixtures(twin):
     torch.manual_seed(0)
     prior, z = random_prior(twin, 3, 4), torch.randn(7, 4)
@@ -553,7 +593,7 @@ def test_a_checkpoint_of_another_version_ends_with_one_line(twin, here, capsys):
     run(twin)
     path = folder_of(twin) / "checkpoint.pt"
     state = torch.load(path, weights_only=True)
-    del state["average"]["prior_logits"]
+    del state["average"]["prior_mean"]
     torch.save(state, path)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
