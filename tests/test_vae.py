@@ -388,6 +388,15 @@ def test_resume_equals_no_interruption(twin, here, monkeypatch, capsys, steps):
     assert without_seconds(run(twin, "--out", "other", "--resume")) == without_seconds(whole)
 
 
+@pytest.mark.parametrize("twin", TWINS)
+def test_the_last_fit_of_the_prior_is_kept_only_where_it_helps(twin, here, monkeypatch):
+    fitted = run(twin)["kl"]["validation"]
+    monkeypatch.setattr(twin, "fit_prior", lambda prior, mu, logvar: prior)
+    learned = run(twin)["kl"]["validation"]
+    monkeypatch.setattr(twin, "fit_prior", lambda prior, mu, logvar: prior._replace(mean=prior.mean + 9))
+    assert fitted <= learned == run(twin)["kl"]["validation"]
+
+
 def test_resume_with_nothing_saved_starts(here):
     assert run(vae_mnist, "--resume")["neg_elbo"]["test"] > 0
 
