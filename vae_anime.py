@@ -988,7 +988,10 @@ def show(panel, image: np.ndarray, title: str = "") -> None:
 
 
 def plot_learning_curve(path: Path, history: list[dict], kl_weight: float) -> None:
-    """Loss, reconstruction and KL by epoch; training (warped images, the step's own weights) and validation."""
+    """Loss, reconstruction and KL by epoch; training (warped images, the step's own weights) and validation.
+
+    The prior's last fit comes after all of it.
+    """
     figure = new_figure(10, 3.4)
     epochs = [row["epoch"] for row in history]
     names = {"loss": f"reconstruction + λ KL, λ = {kl_weight:g}", "reconstruction": "-log p(x|z)", "kl": "KL"}
@@ -1122,10 +1125,11 @@ def plot_sweep(
     figure = new_figure(5, 4)
     panel = figure.subplots()
     panel.plot([row["kl"] for row in table], [row["reconstruction"] for row in table], "o-")
-    for row in table:
-        panel.annotate(f" λ = {row['lambda']:g}", (row["kl"], row["reconstruction"]))
+    for number, row in enumerate(table):  # above and below in turn: collapsed models share one point
+        place, shift = (row["kl"], row["reconstruction"]), (5, 4 - 14 * (number % 2))
+        panel.annotate(f"λ = {row['lambda']:g}", place, shift, textcoords="offset points")
     panel.set_xscale("symlog", linthresh=1.0)
-    panel.margins(x=0.15)  # room for the last λ's name
+    panel.margins(0.15)  # room for the names
     panel.set_xlabel("rate: KL (nats per test image)")
     panel.set_ylabel("distortion: -log p(x|z) (nats)")
     save_figure(figure, folder / "rate-distortion.png")
