@@ -675,11 +675,15 @@ def fit_prior(prior: Prior, mu: torch.Tensor, logvar: torch.Tensor) -> Prior:
         last, share = kl, joint.softmax(1)
         size = share.sum(0) + 1e-9  # (K,)
         weights, m = size / size.sum(), share.T @ mu / size[:, None]
-        square = torch.stack([(mu * r[:, None]).T @ mu for r in share.T]) + (share.T @ logvar.exp()).diag_embed()
-        covariance = square / size[:, None, None] - m[:, :, None] * m[:, None]  # (K, k, k)
+        around = ((mu - center, r[:, None] / n) for center, r, n in zip(m, share.T, size, strict=True))
+        covariance = torch.stack([(off * r).T @ off for off, r in around])  # (K, k, k)
+        covariance += (share.T @ logvar.exp() / size[:, None]).diag_embed()
         common = torch.einsum("j,jde->de", weights, covariance)
         covariance = covariance.lerp(common, (20 / (20 + size))[:, None, None])
-        A = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), eye, upper=False)
+        spread, singular = torch.linalg.cholesky_ex(covariance)
+        if singular.any():  # codes so far apart, at a λ near 0, that double precision does not hold their σ
+            break
+        A = torch.linalg.solve_triangular(spread, eye, upper=False)
         prior = Prior(weights.log(), m, A)
     return prior
 

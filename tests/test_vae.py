@@ -158,6 +158,9 @@ def test_fit_prior_lowers_the_kl_and_stays_sound_where_it_has_little_to_fit(twin
     for collapsed in (mu[:1].expand(30, 4), mu[:3]):
         fitted = twin.fit_prior(prior, collapsed, logvar[: len(collapsed)])
         assert all(part.isfinite().all() for part in fitted)
+    apart = torch.randn(3, 4).double() * 1e9  # three codes, four dimensions: nothing to invert
+    fitted = twin.fit_prior(random_prior(twin, 1, 4), apart, torch.full((3, 4), -20.0).double())
+    assert all(part.isfinite().all() for part in fitted)
     model = twin.VAE(tiny_start(twin), True)
     fitted = random_prior(twin, len(model.prior_mean), 4)
     model.set_prior(fitted)
