@@ -1,8 +1,8 @@
 """Classify news texts with a Transformer encoder trained from scratch.
 
-Each text x of T words becomes vectors, one pre-norm encoder layer mixes them (Vaswani et al. 2017), and the mean over
-words gives the logits of p(y|x); to predict, a naive Bayes vote of the text's words is added to them. Two dropout
-passes p1, p2 over the same batch are trained to agree (R-Drop, Liang et al. 2021):
+Each text x of T words becomes vectors, one pre-norm encoder layer mixes them (Vaswani et al. 2017), and their mean over
+title and description gives the logits of p(y|x); to predict, a naive Bayes vote of the text's words is added to them.
+Two dropout passes p1, p2 over the same batch are trained to agree (R-Drop, Liang et al. 2021):
 
     loss = 1/2 (CE(p1, y) + CE(p2, y)) + r_drop * 1/2 (KL(p1 || p2) + KL(p2 || p1))      nats per text
 
@@ -93,7 +93,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "script, or the bundled data/sample/")
     add("--out", type=Path, metavar="DIR", default=Path("runs/transformer"), help="folder for what a run leaves")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
-    add("--predict", metavar="TEXT", help="classify a text, or each line of a file, with the model in --out")
+    add("--predict", metavar="TEXT", help="classify a text, or each line of a file, with the model in "
+        "--out; a tab parts its columns, such as title and description")
     add("--compare-tokenizers", action="store_true", help="a run for each tokenizer, a table and a figure")
     add("--seed", type=int, default=0, help="of folds, weights, batches and dropout")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train")
@@ -313,7 +314,7 @@ def load_checkpoint(path: Path, script: str, settings: dict) -> dict:
 class News(NamedTuple):
     """One competition: N training rows, M test rows."""
 
-    texts: list[str]  # N
+    texts: list[str]  # N, text columns joined by tabs
     labels: torch.Tensor  # (N,) index into classes
     ids: list[str]  # N
     classes: list[str]  # C labels as the file writes them
@@ -410,8 +411,8 @@ def load_news(args: argparse.Namespace) -> News:
         if len(set(ids)) < len(ids):
             twice, count = Counter(ids).most_common(1)[0]
             fail(f"{path}: {key} {twice!r} stands in {count} rows. Each row needs an id of its own")
-        joined = [clean_text(" ".join(row)) for row in frame[texts].itertuples(index=False)]
-        if empty := sum(not text for text in joined):
+        joined = ["\t".join(map(clean_text, row)) for row in frame[texts].itertuples(index=False)]
+        if empty := sum(not text.strip() for text in joined):
             print(f"warning   {path}: {empty} of {len(joined)} rows have no text; they are classified without")
         return ids, joined
 
@@ -520,9 +521,14 @@ def read_vectors(source: str, words: set[str], cache: Path) -> dict[str, np.ndar
     return found
 
 
-def encode(tokens: list[list[str]], index: dict[str, int], max_length: int) -> list[torch.Tensor]:
-    """Integers of each text, at most `max_length` of them; a text without tokens is one <unk>."""
-    return [torch.tensor([index.get(token, UNK) for token in text[:max_length]] or [UNK]) for text in tokens]
+def split_text(text: str, columns: int, tokenize: Callable[[str], list[str]]) -> list[tuple[str, int]]:
+    """The tokens of a text, each with the number of its column, from 1; tabs part at most `columns` columns."""
+    return [(token, i) for i, part in enumerate(text.split("\t", columns - 1), 1) for token in tokenize(part)]
+
+
+def encode(texts: list[list[tuple[str, int]]], index: dict[str, int], max_length: int) -> list[torch.Tensor]:
+    """Each text as integers (T, 2), word and column, T at most `max_length`; a text without tokens is one <unk>."""
+    return [torch.tensor([(index.get(word, UNK), i) for word, i in text[:max_length]] or [(UNK, 1)]) for text in texts]
 
 
 def length_batches(
@@ -561,18 +567,29 @@ def cooccurrence_vectors(stems: list[list[str]], number: dict[str, int], width: 
     return vectors
 
 
-def find_grams(tokens: torch.Tensor, roots: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-    """Numbers of the distinct stems and pairs of neighbouring stems in a text; a pair not in `pairs` has none."""
-    stems = roots[tokens]  # (T,)
+def token_grams(tokens: torch.Tensor, roots: torch.Tensor) -> torch.Tensor:
+    """Numbers (..., 2) of each token's stem, and of its stem as one of its column; tokens (..., 2). <unk> has 0, 0."""
+    word, column = tokens.unbind(-1)
+    stem = roots[word]
+    return torch.stack([stem, stem + column * len(roots)], -1) * (word > UNK)[..., None]
+
+
+def find_grams(tokens: torch.Tensor, roots: torch.Tensor, pairs: torch.Tensor, columns: int) -> torch.Tensor:
+    """Numbers of the distinct stems, stems by column, and pairs of neighbouring stems in a text (T, 2).
+
+    A pair that is not in `pairs` has none.
+    """
+    stems = roots[tokens[:, 0]]  # (T,)
     keys = stems[:-1] * len(roots) + stems[1:]
     places = torch.searchsorted(pairs, keys)
     inside = places < len(pairs)
     places, keys = places[inside], keys[inside]
-    return torch.cat([stems, places[pairs[places] == keys] + len(roots)]).unique()
+    linked = token_grams(tokens, roots).flatten()
+    return torch.cat([linked, places[pairs[places] == keys] + (columns + 1) * len(roots)]).unique()
 
 
 def class_evidence(
-    grams: list[torch.Tensor], stems: int, count: int, labels: torch.Tensor, rows: list[int], classes: int,
+    grams: list[torch.Tensor], linked: int, count: int, labels: torch.Tensor, rows: list[int], classes: int,
     parts: int = 20,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """How much more often each of `count` grams stands in one class than in the others, over the training `rows` only.
@@ -580,27 +597,27 @@ def class_evidence(
     Returns (count, C) of log p(gram | class), add-half smoothed, less its mean over classes (the log-count ratio of
     Wang and Manning 2012, eq. 1, for C classes). Looked up as it is, a training text would find its own label in the
     counts of its rare words; so the rows are dealt into `parts`, and a row reads a table that leaves its part out:
-    tables (parts + 1, stems, C) of the first `stems` grams, and the number of each text's table (N,). The last table
-    counts all rows and is for every other text.
+    tables (parts + 1, linked, C) of the first `linked` grams, and the number of each text's table (N,). The last table
+    counts all rows and is for every other text. Gram 0, <unk>, says nothing.
     """
     part_of = torch.full((len(grams),), parts)
     part_of[torch.tensor(rows)[torch.randperm(len(rows))]] = torch.arange(len(rows)) % parts
-    whole, own = torch.zeros(count, classes), torch.zeros(parts + 1, stems, classes)
+    whole, own = torch.zeros(count, classes), torch.zeros(parts + 1, linked, classes)
     size, own_size = torch.zeros(classes), torch.zeros(parts + 1, classes)
     for row in rows:
         part, label, found = part_of[row], labels[row], grams[row]
         whole[found, label] += 1  # in how many texts, not how often
-        own[part, found[found < stems], label] += 1
+        own[part, found[found < linked], label] += 1
         size[label] += len(found)
         own_size[part, label] += len(found)
 
     def log_ratio(counts: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
         evidence = ((counts + 0.5) / (sizes + 0.5 * count)).log()
         evidence -= evidence.mean(-1, keepdim=True)
-        evidence[..., [PAD, UNK], :] = 0.0
+        evidence[..., 0, :] = 0.0
         return evidence
 
-    return log_ratio(whole, size), log_ratio(whole[:stems] - own, (size - own_size)[:, None]), part_of
+    return log_ratio(whole, size), log_ratio(whole[:linked] - own, (size - own_size)[:, None]), part_of
 
 
 class Inputs(NamedTuple):
@@ -610,9 +627,10 @@ class Inputs(NamedTuple):
     roots: torch.Tensor  # (V,) words of one stem share a number
     pairs: torch.Tensor  # (P,) the pairs of neighbouring stems that occur, first * V + second, sorted
     features: torch.Tensor  # (V, F)
-    tokens: list[torch.Tensor]  # N
+    tokens: list[torch.Tensor]  # N, each (T, 2): word and column
     test_tokens: list[torch.Tensor]  # M
     grams: list[torch.Tensor]  # N + M, numbers of each text's stems and pairs
+    columns: int  # of text
     max_length: int
     coverage: float | None  # share of the tokens that have a vector; None without vectors
 
@@ -622,15 +640,18 @@ def prepare(args: argparse.Namespace, news: News) -> Inputs:
     from nltk.stem.snowball import EnglishStemmer
 
     tokenize = make_tokenizer(args.tokenizer)
-    texts = [tokenize(text) for text in tqdm(news.texts + news.test_texts, "tokenize", disable=None, leave=False)]
-    counts = Counter(token for text in texts for token in text)
+    rows = tqdm(news.texts + news.test_texts, "tokenize", disable=None, leave=False)
+    columns = 1 + max(text.count("\t") for text in news.texts)
+    texts = [split_text(text, columns, tokenize) for text in rows]
+    counts = Counter(token for text in texts for token, _ in text)
     max_length = args.max_length or max(1, max(len(text) for text in texts[: len(news.texts)]))
     source = find_vectors(args.vectors, find_data(args.data))
     vectors = read_vectors(source, set(counts), args.out / "vectors") if source else {}
     if source and not vectors:
         fail(f"--vectors {source}: has none of the texts' words. Give vectors of their language, or --vectors none")
     stem = {word: EnglishStemmer().stem(re.sub(r"\d", "0", word)) for word in counts}  # 86-83 and 91-79 count as one
-    stem_counts = Counter(stem[token] for text in texts for token in text)
+    stems = [[stem[token] for token, _ in text] for text in texts]
+    stem_counts = Counter(token for text in stems for token in text)
     kept = {word: n for word, n in counts.items() if stem_counts[stem[word]] >= args.min_freq or word in vectors}
     vocab = Vocab(Counter(kept), specials=["<pad>", "<unk>"])
     number = {}
@@ -648,16 +669,17 @@ def prepare(args: argparse.Namespace, news: News) -> Inputs:
         name, width = Path(source).name, features.shape[1]
         print(f"vectors   {name}: {width} numbers a word, {coverage:.1%} of the tokens covered")
     else:
-        features = cooccurrence_vectors([[stem[t] for t in text] for text in texts], number, LSA_WIDTH)[roots]
+        features = cooccurrence_vectors(stems, number, LSA_WIDTH)[roots]
         print(f"vectors   none: {features.shape[1]} numbers a word from the texts' own co-occurrence")
     encoded = encode(texts, vocab.stoi, max_length)
     median = sorted(len(text) for text in texts)[len(texts) // 2]
     print(f"tokens    {args.tokenizer}: {median} a text (median), at most {max_length}; vocabulary {len(vocab)}")
     count = len(news.texts)
     features, roots = torch.from_numpy(features).float(), torch.tensor(roots)
-    pairs = torch.cat([roots[text[:-1]] * len(roots) + roots[text[1:]] for text in encoded]).unique()
-    grams = [find_grams(text, roots, pairs) for text in encoded]
-    return Inputs(vocab.itos, roots, pairs, features, encoded[:count], encoded[count:], grams, max_length, coverage)
+    pairs = torch.cat([roots[text[:-1, 0]] * len(roots) + roots[text[1:, 0]] for text in encoded]).unique()
+    grams = [find_grams(text, roots, pairs, columns) for text in encoded]
+    return Inputs(vocab.itos, roots, pairs, features, encoded[:count], encoded[count:], grams, columns, max_length,
+                  coverage)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -716,20 +738,23 @@ class EncoderLayer(nn.Module):
 
 
 class TransformerClassifier(nn.Module):
-    """Word vectors and class evidence -> encoder -> mean over tokens -> logits.
+    """Word vectors and class evidence -> encoder -> mean over tokens, column by column -> logits.
 
     The vectors `features` (V, F) are fixed: 2,000 texts are too few to move 13,000 words to better places. They belong
     to the run, not to one model, and are saved once. `evidence` (G, C) comes from the model's own training rows.
     """
 
-    def __init__(self, features: torch.Tensor, roots: torch.Tensor, grams: int, classes: int, max_length: int, dim: int,
-                 heads: int, layers: int, dropout: float, activation: str = "gelu"):  # fmt: skip
+    def __init__(
+        self, features: torch.Tensor, roots: torch.Tensor, grams: int, classes: int, columns: int, max_length: int,
+        dim: int, heads: int, layers: int, dropout: float, activation: str = "gelu",
+    ):  # fmt: skip
         super().__init__()
         self.register_buffer("features", features, persistent=False)
         self.register_buffer("roots", roots, persistent=False)
         self.register_buffer("evidence", torch.zeros(grams, classes))
-        self.project = nn.Linear(features.shape[1] + classes, dim)
+        self.project = nn.Linear(features.shape[1] + 2 * classes, dim)
         self.position = nn.Parameter(0.02 * torch.randn(max_length, dim))
+        self.column = nn.Parameter(0.02 * torch.randn(columns + 1, dim))  # one more for padding
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, dropout, activation) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.classify = nn.Linear(dim, classes)
@@ -738,18 +763,20 @@ class TransformerClassifier(nn.Module):
     def forward(
         self, tokens: torch.Tensor, evidence: torch.Tensor | None = None, return_attn: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """tokens (B, T) -> logits (B, C); with `return_attn` also the last layer's attn_weights (B, heads, T, T).
+        """tokens (B, T, 2) -> logits (B, C); with `return_attn` also the last layer's attn_weights (B, heads, T, T).
 
-        Training texts bring their own `evidence` (B, T, C), which leaves them out.
+        Training texts bring their own `evidence` (B, T, 2, C), which leaves them out.
         """
-        keep = tokens != PAD  # (B, T)
-        evidence = self.evidence[self.roots[tokens]] if evidence is None else evidence
-        x = torch.cat([self.features[tokens], evidence], -1)  # (B, T, F + C)
-        x = self.project(self.input_dropout(x)) + self.position[: tokens.shape[1]]  # (B, T, dim)
+        word, column = tokens.unbind(-1)  # (B, T)
+        evidence = self.evidence[token_grams(tokens, self.roots)] if evidence is None else evidence
+        x = torch.cat([self.features[word], evidence.flatten(2)], -1)  # (B, T, F + 2C)
+        x = self.project(self.input_dropout(x)) + self.position[: x.shape[1]] + self.column[column]  # (B, T, dim)
         for layer in self.layers:
-            x, attn_weights = layer(x, keep, return_attn)
-        x = self.norm(x) * keep[..., None]
-        pooled = x.sum(1) / keep.sum(1, keepdim=True)  # (B, dim), the mean over tokens that are not padding
+            x, attn_weights = layer(x, word != PAD, return_attn)
+        inside = F.one_hot(column, len(self.column))[..., 1:].float()  # (B, T, columns), nothing at padding
+        sizes = inside.sum(1)  # (B, columns)
+        means = inside.transpose(1, 2) @ self.norm(x) / sizes.clamp_min(1)[..., None]  # (B, columns, dim)
+        pooled = means.sum(1) / (sizes > 0).sum(1, keepdim=True)  # a short title weighs as much as its description
         logits = self.classify(self.output_dropout(pooled))
         return (logits, attn_weights) if return_attn else logits
 
@@ -760,9 +787,10 @@ class TransformerClassifier(nn.Module):
 
 
 def drop_words(tokens: torch.Tensor, p: float) -> torch.Tensor:
-    """Turn each token of (B, T) into <unk> with probability p; padding stays."""
-    dropped = (torch.rand(tokens.shape, device=tokens.device) < p) & (tokens != PAD)
-    return tokens.masked_fill(dropped, UNK)
+    """Turn each word of (B, T, 2) into <unk> with probability p; columns and padding stay."""
+    word, column = tokens.unbind(-1)
+    dropped = (torch.rand(word.shape, device=word.device) < p) & (word != PAD)
+    return torch.stack([word.masked_fill(dropped, UNK), column], -1)
 
 
 def r_drop_loss(
@@ -824,8 +852,8 @@ def train_member(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     tokens = inputs.tokens
     seed_all(*place)
-    stems, (count, classes) = len(model.roots), model.evidence.shape
-    whole, evidence, part_of = class_evidence(inputs.grams, stems, count, labels, rows, classes)
+    linked, (count, classes) = len(model.roots) * len(model.column), model.evidence.shape
+    whole, evidence, part_of = class_evidence(inputs.grams, linked, count, labels, rows, classes)
     model.evidence.copy_(whole)
     evidence = evidence.to(device)
     groups = [
@@ -865,12 +893,12 @@ def train_member(
 
             mine = batch[rank::world] or batch[:1]  # this process's share
             weight = (rank < len(batch)) / len(batch)  # 0 where a small last batch left it none
-            x = pad_sequence([tokens[row] for row in mine], batch_first=True, padding_value=PAD).to(device)  # (B, T)
+            x = pad_sequence([tokens[row] for row in mine], batch_first=True, padding_value=PAD).to(device)  # (B, T, 2)
             y = labels[mine].to(device)  # (B,)
-            x = drop_words(x.repeat(passes, 1), args.word_dropout)  # (passes B, T)
+            x = drop_words(x.repeat(passes, 1, 1), args.word_dropout)  # (passes B, T, 2)
             part = part_of[mine].repeat(passes).to(device)  # (passes B,)
             with autocast(device):
-                logits = model(x, evidence[part[:, None], model.roots[x]]).float()  # (passes B, C)
+                logits = model(x, evidence[part[:, None, None], token_grams(x, model.roots)]).float()  # (passes B, C)
             loss, nll = r_drop_loss(logits, y, args.label_smoothing, args.r_drop)
             optimizer.zero_grad()
             (loss * weight).backward()
@@ -917,15 +945,17 @@ def predict_probabilities(
 ) -> torch.Tensor:
     """Class probabilities (N, C) of the texts, each with its `grams`: a product of two experts (Hinton 2002, eq. 1).
 
-    The encoder gives the logits; the evidence of the text's stems and pairs, summed, is a naive Bayes classifier's
-    vote. Trained apart, they err apart: dividing by 2 √n keeps the vote of n dependent grams from drowning the logits.
+    The encoder gives the logits; the evidence of the text's pairs and stems by column, summed, is a naive Bayes
+    classifier's vote. Trained apart, they err apart: dividing by 2 √n keeps the vote of n dependent grams from drowning
+    the logits.
     """
     device = model.position.device
     model.eval()
     probabilities = torch.zeros(len(tokens), model.classify.out_features)
     for batch in length_batches([len(text) for text in tokens], list(range(len(tokens))), 128, None):
         x = pad_sequence([tokens[row] for row in batch], batch_first=True, padding_value=PAD).to(device)
-        votes = [model.evidence[grams[row].to(device)].sum(0) / (2 * math.sqrt(len(grams[row]))) for row in batch]
+        voters = [grams[row][grams[row] >= len(model.roots)].to(device) for row in batch]
+        votes = [model.evidence[mine].sum(0) / (2 * math.sqrt(len(mine) or 1)) for mine in voters]
         probabilities[batch] = (model(x) + torch.stack(votes)).softmax(-1).cpu()
     return probabilities
 
@@ -1048,10 +1078,10 @@ def show_attention(folder: Path, news: News, inputs: Inputs, state: dict, oof: t
         reader |= dict.fromkeys(member["rows"], model)
         for batch in length_batches([len(text) for text in inputs.tokens], member["rows"], 128, None):
             x = pad_sequence([inputs.tokens[row] for row in batch], batch_first=True, padding_value=PAD)
-            keep = x != PAD  # (B, T)
+            word = x[..., 0]  # (B, T)
             _, attn = model(x, return_attn=True)
-            looks = (attn.mean(1) * keep[:, :, None]).sum(1)  # (B, T), mean over heads, sum over tokens that look
-            for row, words, shares in zip(batch, x.tolist(), looks.tolist(), strict=True):
+            looks = (attn.mean(1) * (word != PAD)[..., None]).sum(1)  # (B, T), mean over heads, sum over who looks
+            for row, words, shares in zip(batch, word.tolist(), looks.tolist(), strict=True):
                 for i in range(len(inputs.tokens[row])):
                     received.setdefault((int(predicted[row]), words[i]), []).append(shares[i])
     table = [
@@ -1073,8 +1103,8 @@ def show_attention(folder: Path, news: News, inputs: Inputs, state: dict, oof: t
         other = [row for row in rows[1:] if predicted[row] != predicted[rows[0]]]  # a second one of another class
         for number, row in enumerate(rows[:1] + other[:1], 1):
             _, attn = reader[row](inputs.tokens[row][None], return_attn=True)
-            known = zip(tokenize(news.texts[row]), inputs.tokens[row].tolist(), strict=False)
-            words = [f"[{word}]" if token == UNK else word for word, token in known]  # what reads as <unk> in brackets
+            known = zip(split_text(news.texts[row], inputs.columns, tokenize), inputs.tokens[row][:, 0], strict=False)
+            words = [f"[{word}]" if token == UNK else word for (word, _), token in known]  # <unk> in brackets
             true, guess = news.classes[news.labels[row]], news.classes[predicted[row]]
             title = f"{news.header[0]} {news.ids[row]}: true class {true}, predicted {guess} ({confidence[row]:.0%})"
             plot_attention(folder / f"attention-{kind}-{number}.png", words, attn[0], title)
@@ -1090,7 +1120,7 @@ def write_predictions(folder: Path, news: News, oof: torch.Tensor) -> None:
     frame = frame.assign(**{f"p({name})": oof[:, i] for i, name in enumerate(news.classes)})
     with atomic(folder / "oof_predictions.csv") as temporary:
         frame.to_csv(temporary, index=False, float_format="%.4f")
-    wrong = frame.assign(text=news.texts)[frame["true"] != frame["predicted"]]
+    wrong = frame.assign(text=[text.replace("\t", " ") for text in news.texts])[frame["true"] != frame["predicted"]]
     wrong = wrong.sort_values("confidence", ascending=False, kind="stable").head(50)
     with atomic(folder / "mistakes.csv") as temporary:
         wrong[[news.header[0], "true", "predicted", "confidence", "text"]].to_csv(temporary, index=False)
@@ -1116,9 +1146,9 @@ def write_submission(path: Path, news: News, predicted: torch.Tensor) -> None:
 def build_model(state: dict) -> TransformerClassifier:
     """The network that a checkpoint describes, with fresh weights."""
     shape = (state["settings"][name] for name in ("dim", "heads", "layers", "dropout", "activation"))
-    grams = len(state["roots"]) + len(state["pairs"])
-    return TransformerClassifier(state["features"], state["roots"], grams, len(state["classes"]), state["max_length"],
-                                 *shape)  # fmt: skip
+    grams = (state["columns"] + 1) * len(state["roots"]) + len(state["pairs"])
+    return TransformerClassifier(state["features"], state["roots"], grams, len(state["classes"]), state["columns"],
+                                 state["max_length"], *shape)  # fmt: skip
 
 
 def load_members(state: dict) -> list[TransformerClassifier]:
@@ -1136,11 +1166,11 @@ def predict(args: argparse.Namespace) -> dict:
         fail(f"{args.out}: the run there has no trained model yet. Go on with it: --resume")
     path = Path(args.predict)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if os.path.isfile(path) else [args.predict]
-    texts = [clean_text(line) for line in lines]
+    texts = ["\t".join(map(clean_text, line.split("\t"))) for line in lines]
     tokenize = make_tokenizer(state["settings"]["tokenizer"])
     index = {word: i for i, word in enumerate(state["words"])}
-    tokens = encode([tokenize(text) for text in texts], index, state["max_length"])
-    grams = [find_grams(text, state["roots"], state["pairs"]) for text in tokens]
+    tokens = encode([split_text(text, state["columns"], tokenize) for text in texts], index, state["max_length"])
+    grams = [find_grams(text, state["roots"], state["pairs"], state["columns"]) for text in tokens]
     probabilities = torch.stack([predict_probabilities(model, tokens, grams) for model in load_members(state)]).mean(0)
     confidence, predicted = probabilities.max(-1)
     labels = [state["classes"][i] for i in predicted]
@@ -1214,7 +1244,7 @@ def cross_validate(args: argparse.Namespace, news: News, folder: Path) -> dict:
     state = state or {"script": "transformer", "settings": settings, "members": [], "partial": None, "history": [],
                       "seconds": 0.0}  # fmt: skip
     state |= {"words": inputs.words, "features": inputs.features, "roots": inputs.roots, "pairs": inputs.pairs,
-              "max_length": inputs.max_length, "classes": news.classes}  # fmt: skip
+              "columns": inputs.columns, "max_length": inputs.max_length, "classes": news.classes}  # fmt: skip
     earlier = state["seconds"]
 
     def save(partial: dict | None) -> None:

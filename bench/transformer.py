@@ -21,10 +21,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
-from sklearn.naive_bayes import ComplementNB
+from sklearn.naive_bayes import ComplementNB, MultinomialNB
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 from torch.nn.utils.rnn import pad_sequence
@@ -63,7 +63,7 @@ def train_tutorial(inputs: t.Inputs, labels: torch.Tensor, rows: list[int], args
     model.train()
     for _ in range(args.epochs):
         for batch in torch.tensor(rows)[torch.randperm(len(rows))].split(args.batch_size):
-            x = pad_sequence([inputs.tokens[row] for row in batch], batch_first=True, padding_value=t.PAD)
+            x = pad_sequence([inputs.tokens[row][:, 0] for row in batch], batch_first=True, padding_value=t.PAD)
             loss = F.cross_entropy(model(x), labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -105,8 +105,11 @@ def accuracy(args: argparse.Namespace, news: t.News, inputs: t.Inputs) -> None:
     texts, labels = np.array(news.texts), news.labels.numpy()
     lower = np.array([" ".join(t.make_tokenizer("basic_english")(text)) for text in news.texts])
 
-    def linear(classifier):
-        model = make_pipeline(TfidfVectorizer(sublinear_tf=True), classifier)
+    marked = np.array([" ".join(map(str, t.token_grams(text, inputs.roots)[:, 1].tolist())) for text in inputs.tokens])
+    binary = CountVectorizer(binary=True, token_pattern=r"\d+")
+
+    def linear(classifier, texts=texts, weigh=None):
+        model = make_pipeline(weigh or TfidfVectorizer(sublinear_tf=True), classifier)
         return lambda train, held_out: model.fit(texts[train], labels[train]).predict(texts[held_out])
 
     def tutorial(layers: int):
@@ -114,7 +117,7 @@ def accuracy(args: argparse.Namespace, news: t.News, inputs: t.Inputs) -> None:
             t.seed_all(args.seed)
             model = train_tutorial(inputs, news.labels, train.tolist(), args, layers)
             with torch.no_grad():
-                x = pad_sequence([inputs.tokens[row] for row in held_out], batch_first=True, padding_value=t.PAD)
+                x = pad_sequence([inputs.tokens[row][:, 0] for row in held_out], batch_first=True, padding_value=t.PAD)
                 return model(x).argmax(-1).numpy()
 
         return fit_predict
@@ -123,6 +126,7 @@ def accuracy(args: argparse.Namespace, news: t.News, inputs: t.Inputs) -> None:
         "TF-IDF + LogisticRegression": linear(LogisticRegression(max_iter=2000)),
         "TF-IDF + LinearSVC": linear(LinearSVC()),
         "TF-IDF + ComplementNB": linear(ComplementNB()),
+        "MultinomialNB on stems, a title's apart": linear(MultinomialNB(alpha=0.5), marked, binary),
         "fastText, bigrams": lambda train, held_out: fasttext_predictions(lower[train], labels[train], lower[held_out]),
         "the PyTorch tutorial's Transformer, two layers": tutorial(2),
         "the same, one layer": tutorial(1),
@@ -154,9 +158,7 @@ def speed(args: argparse.Namespace, news: t.News, inputs: t.Inputs) -> None:
 
     def ours(r_drop: float) -> None:
         own = argparse.Namespace(**vars(args) | {"epochs": 1, "r_drop": r_drop})
-        grams = len(inputs.roots) + len(inputs.pairs)
-        model = t.TransformerClassifier(inputs.features, inputs.roots, grams, len(news.classes), inputs.max_length,
-                                        args.dim, args.heads, args.layers, args.dropout)  # fmt: skip
+        model = t.build_model(inputs._asdict() | {"classes": news.classes, "settings": vars(args)})
         with t.tqdm(disable=True) as bar:
             t.train_member(model, inputs, news.labels, rows, own, (0,), None, lambda state: None, bar)
 

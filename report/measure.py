@@ -36,7 +36,7 @@ def probability(model: t.TransformerClassifier, texts: list[torch.Tensor]) -> to
 
 @torch.no_grad()
 def delete_tokens(model: t.TransformerClassifier, text: torch.Tensor, share: float) -> list[float]:
-    """Probability of the class that `text` (T,) gets: whole, without its most attended tokens, without random ones."""
+    """Probability of the class that `text` (T, 2) gets: whole, without its most attended tokens, without others."""
     count = max(1, round(share * len(text)))
     _, attn = model(text[None], return_attn=True)
     received = attn[0].mean((0, 1))  # (T,), over heads and over the tokens that look
@@ -55,7 +55,7 @@ def measure(folder: Path, share: float) -> dict:
     args = argparse.Namespace(**saved | {"data": Path(saved["data"]) if saved["data"] else None})
     news = t.load_news(args)
     tokenize = t.make_tokenizer(args.tokenizer)
-    words = [tokenize(text) for text in news.texts]
+    words = [t.split_text(text, state["columns"], tokenize) for text in news.texts]
     tokens = t.encode(words, {word: i for i, word in enumerate(state["words"])}, state["max_length"])
 
     torch.manual_seed(args.seed)
@@ -66,7 +66,7 @@ def measure(folder: Path, share: float) -> dict:
     difference = random - attended  # > 0: the attended tokens mattered more than random ones
     rows = torch.randperm(len(tokens)).tolist()
     size = args.batch_size
-    unknown = sum(int((text == t.UNK).sum()) for text in tokens)
+    unknown = sum(int((text[:, 0] == t.UNK).sum()) for text in tokens)
     return {
         "texts": len(tokens),
         "tokens": sum(map(len, tokens)),

@@ -49,9 +49,14 @@ def write_rows(path, rows):
 
 def small_model(layers=1, words=50):
     torch.manual_seed(0)
-    model = t.TransformerClassifier(torch.randn(words, 8), torch.arange(words), words, 3, 20, 16, 2, layers, 0.3)
+    model = t.TransformerClassifier(torch.randn(words, 8), torch.arange(words), 3 * words, 3, 2, 20, 16, 2, layers, 0.3)
     model.evidence.normal_()
     return model.eval()
+
+
+def random_tokens(count, length, words=50):
+    """(count, length, 2): words, the first 3 of column 1 and the others of column 2."""
+    return torch.stack([torch.randint(2, words, (count, length)), 1 + (torch.arange(length) > 2).repeat(count, 1)], -1)
 
 
 # mathematics ---------------------------------------------------------------------------------------------------------
@@ -80,7 +85,7 @@ def test_encoder_layer_equals_torch():
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_attention_weights_path_equals_fused_path(layers):
-    model, tokens = small_model(layers), torch.randint(2, 50, (4, 9))
+    model, tokens = small_model(layers), random_tokens(4, 9)
     tokens[0, 5:] = t.PAD
     logits, attn = model(tokens, return_attn=True)
     torch.testing.assert_close(logits, model(tokens))
@@ -89,9 +94,29 @@ def test_attention_weights_path_equals_fused_path(layers):
 
 
 def test_padding_has_no_effect():
-    model, tokens = small_model(2), torch.randint(2, 50, (1, 6))
-    padded = F.pad(tokens, (0, 7), value=t.PAD)
+    model, tokens = small_model(2), random_tokens(1, 6)
+    padded = F.pad(tokens, (0, 0, 0, 7), value=t.PAD)
     torch.testing.assert_close(model(padded), model(tokens))
+
+
+def test_columns_are_told_apart_and_count_alike():
+    model, tokens = small_model(), random_tokens(1, 8)
+    swapped = torch.stack([tokens[..., 0], 3 - tokens[..., 1]], -1)
+    assert not torch.allclose(model(tokens), model(swapped))
+
+    seen, pooled = [], []
+    model.norm.register_forward_hook(lambda module, x, y: seen.append(y))
+    model.classify.register_forward_hook(lambda module, x, y: pooled.append(x[0]))
+    model(tokens)
+    weights = torch.autograd.grad(pooled[0].sum(), seen[0])[0][0, :, 0]  # (T,), of each token in the pooled vector
+    torch.testing.assert_close(weights, torch.tensor([1 / 3] * 3 + [1 / 5] * 5) / 2)
+
+
+def test_split_text_numbers_the_columns():
+    assert t.split_text("a title\tits\trest", 2, str.split) == [("a", 1), ("title", 1), ("its", 2), ("rest", 2)]
+    assert t.split_text("a b", 2, str.split) == [("a", 1), ("b", 1)] and t.split_text("\t", 2, str.split) == []
+    encoded = t.encode([[("b", 1), ("x", 2), ("a", 2)], []], {"a": 2, "b": 3}, 2)
+    assert [text.tolist() for text in encoded] == [[[3, 1], [t.UNK, 2]], [[t.UNK, 1]]]
 
 
 def test_r_drop_loss_equals_reference():
@@ -147,9 +172,12 @@ def test_one_pass_is_plain_cross_entropy():
 def test_find_grams_names_stems_and_neighbours():
     roots = torch.tensor([0, 1, 2, 3, 3])  # words 3 and 4 share a stem
     pairs = torch.tensor([2 * 5 + 3, 3 * 5 + 2])
-    assert t.find_grams(torch.tensor([2, 4, 3, 2]), roots, pairs).tolist() == [2, 3, 5, 6]
-    assert t.find_grams(torch.tensor([4]), roots, pairs).tolist() == [3]
-    assert t.find_grams(torch.tensor([2, 4]), roots, pairs[:0]).tolist() == [2, 3]  # no text has a pair
+    text = torch.tensor([[2, 1], [4, 1], [3, 2], [2, 2]])
+    assert t.token_grams(text, roots).tolist() == [[2, 7], [3, 8], [3, 13], [2, 12]]
+    assert t.find_grams(text, roots, pairs, 2).tolist() == [2, 3, 7, 8, 12, 13, 15, 16]
+    assert t.find_grams(text[1:2], roots, pairs, 2).tolist() == [3, 8]
+    assert t.find_grams(text[:2], roots, pairs[:0], 2).tolist() == [2, 3, 7, 8]  # no text has a pair
+    assert t.find_grams(torch.tensor([[t.UNK, 1]]), roots, pairs, 2).tolist() == [0]
 
 
 def test_class_evidence_leaves_the_text_itself_out():
@@ -175,20 +203,24 @@ def test_evidence_and_its_vote_equal_naive_bayes():
     from sklearn.naive_bayes import MultinomialNB
 
     torch.manual_seed(0)
-    grams, labels = [torch.randint(2, 20, (5,)).unique() for _ in range(60)], torch.arange(60) % 3
-    whole, _, _ = t.class_evidence(grams, 20, 20, labels, list(range(60)), 3)
-    counts = np.zeros((60, 20))
+    labels, roots = torch.arange(60) % 3, torch.arange(20)
+    tokens = [torch.stack([torch.randint(2, 20, (5,)), torch.tensor([1, 1, 2, 2, 2])], 1) for _ in range(60)]
+    grams = [t.find_grams(text, roots, torch.empty(0, dtype=torch.long), 2) for text in tokens]
+    whole, _, _ = t.class_evidence(grams, 60, 60, labels, list(range(60)), 3)
+    counts = np.zeros((60, 60))
     for row, text in enumerate(grams):
         counts[row, text] = 1
     bayes = MultinomialNB(alpha=0.5).fit(counts, labels)
     expected = bayes.feature_log_prob_.T - bayes.feature_log_prob_.T.mean(1, keepdims=True)
-    np.testing.assert_allclose(whole[2:], expected[2:], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(whole[1:], expected[1:], rtol=1e-4, atol=1e-5)
 
-    model = t.TransformerClassifier(torch.randn(20, 8), torch.arange(20), 20, 3, 20, 16, 2, 1, 0.0)
+    model = t.TransformerClassifier(torch.randn(20, 8), roots, 60, 3, 2, 20, 16, 2, 1, 0.0)
     model.evidence.copy_(whole)
     nn.init.zeros_(model.classify.weight), nn.init.zeros_(model.classify.bias)  # the vote alone; the classes are even
-    log_odds = t.predict_probabilities(model, grams, grams).log() * 2 * torch.tensor([[len(g) ** 0.5] for g in grams])
-    np.testing.assert_allclose(log_odds.softmax(-1), bayes.predict_proba(counts), rtol=1e-3)
+    voters = torch.tensor([[float((text >= 20).sum())] for text in grams])  # title and description are other words
+    log_odds = t.predict_probabilities(model, tokens, grams).log() * 2 * voters.sqrt()
+    by_column = np.where(np.arange(60) >= 20, counts, 0)
+    np.testing.assert_allclose(log_odds.softmax(-1), bayes.predict_proba(by_column), rtol=1e-3)
 
 
 def test_length_batches_hold_each_row_once():
@@ -217,8 +249,8 @@ def test_overfits_32_texts(here):
     args = t.parse_args(["--data", "data", "--epochs", "60", "--lr", "3e-3", *off])
     inputs = t.prepare(args, news)
     torch.manual_seed(0)
-    grams = len(inputs.roots) + len(inputs.pairs)
-    model = t.TransformerClassifier(inputs.features, inputs.roots, grams, 4, inputs.max_length, 64, 4, 1, 0.0)
+    state = inputs._asdict() | {"classes": news.classes, "settings": vars(args)}
+    model = t.build_model(state)
     with t.tqdm(disable=True) as bar:
         history = t.train_member(model, inputs, news.labels, list(range(32)), args, (0,), None, lambda state: None, bar)
     assert history[-1]["accuracy"] == 1.0 and history[-1]["loss"] < 0.05
@@ -261,6 +293,11 @@ def test_run_leaves_what_it_promises(here, capsys):
     lines = t.main(["--predict", "lines.txt"])
     assert first["labels"][0] == lines["labels"][0] and len(lines["labels"]) == 2
     assert capsys.readouterr().out.startswith(first["labels"][0] + "\t")
+    told = [
+        t.main(["--predict", text])["confidence"]
+        for text in ("Oil prices\tfell on Monday", "Oil prices fell on Monday")
+    ]
+    assert told[0] != told[1]  # a tab parts title and description
     assert without_seconds(run("--seed", "1")) != without_seconds(metrics)
 
 
