@@ -67,6 +67,7 @@ SOURCE = (
 LABEL_NAMES = ("category", "label", "class", "class index")
 ID_NAMES = ("id", "index")
 PAD, UNK = 0, 1
+SHAPES = 3  # how a word is written: small or no letters, Capitalized, CAPITALS
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
 OPTIMIZERS = {
     "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.98)),
@@ -521,14 +522,29 @@ def read_vectors(source: str, words: set[str], cache: Path) -> dict[str, np.ndar
     return found
 
 
-def split_text(text: str, columns: int, tokenize: Callable[[str], list[str]]) -> list[tuple[str, int]]:
-    """The tokens of a text, each with the number of its column, from 1; tabs part at most `columns` columns."""
-    return [(token, i) for i, part in enumerate(text.split("\t", columns - 1), 1) for token in tokenize(part)]
+class Token(NamedTuple):
+    """A lower-case word or mark, the number of its text column, from 1, and its shape, 0 to SHAPES - 1."""
+
+    word: str
+    column: int
+    shape: int
 
 
-def encode(texts: list[list[tuple[str, int]]], index: dict[str, int], max_length: int) -> list[torch.Tensor]:
-    """Each text as integers (T, 2), word and column, T at most `max_length`; a text without tokens is one <unk>."""
-    return [torch.tensor([(index.get(word, UNK), i) for word, i in text[:max_length]] or [(UNK, 1)]) for text in texts]
+def split_text(text: str, columns: int, tokenize: Callable[[str], list[str]]) -> list[Token]:
+    """The tokens of a text whose columns, at most `columns`, are parted by tabs."""
+    tokens = []
+    for number, part in enumerate(text.split("\t", columns - 1), 1):
+        written = {word.lower(): word for word in reversed(re.findall(r"[^\W\d_]+", part))}  # as it stands there first
+        for token in tokenize(part):
+            word = written.get(token, "x")
+            tokens.append(Token(token, number, 0 if word[0].islower() else 1 + word[1:].isupper()))
+    return tokens
+
+
+def encode(texts: list[list[Token]], index: dict[str, int], max_length: int) -> list[torch.Tensor]:
+    """Each text as integers (T, 3), word, column and shape, T at most `max_length`; one without tokens is one <unk>."""
+    cut = (text[:max_length] or [Token("", 1, 0)] for text in texts)
+    return [torch.tensor([(index.get(word, UNK), column, shape) for word, column, shape in text]) for text in cut]
 
 
 def length_batches(
@@ -568,14 +584,17 @@ def cooccurrence_vectors(stems: list[list[str]], number: dict[str, int], width: 
 
 
 def token_grams(tokens: torch.Tensor, roots: torch.Tensor) -> torch.Tensor:
-    """Numbers (..., 2) of each token's stem, and of its stem as one of its column; tokens (..., 2). <unk> has 0, 0."""
-    word, column = tokens.unbind(-1)
-    stem = roots[word]
-    return torch.stack([stem, stem + column * len(roots)], -1) * (word > UNK)[..., None]
+    """Numbers of each token's stem, its stem in this shape, and its stem in this column: (..., 3) -> (..., 3).
+
+    Of V words they are below V, (1 + SHAPES) V and (1 + SHAPES + columns) V. Those of <unk> are 0.
+    """
+    word, column, shape = tokens.unbind(-1)
+    blocks = torch.stack([torch.zeros_like(word), 1 + shape, SHAPES + column], -1)
+    return (roots[word][..., None] + blocks * len(roots)) * (word > UNK)[..., None]
 
 
 def find_grams(tokens: torch.Tensor, roots: torch.Tensor, pairs: torch.Tensor, columns: int) -> torch.Tensor:
-    """Numbers of the distinct stems, stems by column, and pairs of neighbouring stems in a text (T, 2).
+    """Numbers of the distinct grams of a text (T, 3): those of its tokens, then pairs of neighbouring stems.
 
     A pair that is not in `pairs` has none.
     """
@@ -585,7 +604,7 @@ def find_grams(tokens: torch.Tensor, roots: torch.Tensor, pairs: torch.Tensor, c
     inside = places < len(pairs)
     places, keys = places[inside], keys[inside]
     linked = token_grams(tokens, roots).flatten()
-    return torch.cat([linked, places[pairs[places] == keys] + (columns + 1) * len(roots)]).unique()
+    return torch.cat([linked, places[pairs[places] == keys] + (1 + SHAPES + columns) * len(roots)]).unique()
 
 
 def class_evidence(
@@ -627,9 +646,9 @@ class Inputs(NamedTuple):
     roots: torch.Tensor  # (V,) words of one stem share a number
     pairs: torch.Tensor  # (P,) the pairs of neighbouring stems that occur, first * V + second, sorted
     features: torch.Tensor  # (V, F)
-    tokens: list[torch.Tensor]  # N, each (T, 2): word and column
+    tokens: list[torch.Tensor]  # N, each (T, 3): word, column, shape
     test_tokens: list[torch.Tensor]  # M
-    grams: list[torch.Tensor]  # N + M, numbers of each text's stems and pairs
+    grams: list[torch.Tensor]  # N + M, from find_grams
     columns: int  # of text
     max_length: int
     coverage: float | None  # share of the tokens that have a vector; None without vectors
@@ -643,14 +662,14 @@ def prepare(args: argparse.Namespace, news: News) -> Inputs:
     rows = tqdm(news.texts + news.test_texts, "tokenize", disable=None, leave=False)
     columns = 1 + max(text.count("\t") for text in news.texts)
     texts = [split_text(text, columns, tokenize) for text in rows]
-    counts = Counter(token for text in texts for token, _ in text)
+    counts = Counter(token.word for text in texts for token in text)
     max_length = args.max_length or max(1, max(len(text) for text in texts[: len(news.texts)]))
     source = find_vectors(args.vectors, find_data(args.data))
     vectors = read_vectors(source, set(counts), args.out / "vectors") if source else {}
     if source and not vectors:
         fail(f"--vectors {source}: has none of the texts' words. Give vectors of their language, or --vectors none")
     stem = {word: EnglishStemmer().stem(re.sub(r"\d", "0", word)) for word in counts}  # 86-83 and 91-79 count as one
-    stems = [[stem[token] for token, _ in text] for text in texts]
+    stems = [[stem[token.word] for token in text] for text in texts]
     stem_counts = Counter(token for text in stems for token in text)
     kept = {word: n for word, n in counts.items() if stem_counts[stem[word]] >= args.min_freq or word in vectors}
     vocab = Vocab(Counter(kept), specials=["<pad>", "<unk>"])
@@ -752,9 +771,10 @@ class TransformerClassifier(nn.Module):
         self.register_buffer("features", features, persistent=False)
         self.register_buffer("roots", roots, persistent=False)
         self.register_buffer("evidence", torch.zeros(grams, classes))
-        self.project = nn.Linear(features.shape[1] + 2 * classes, dim)
+        self.project = nn.Linear(features.shape[1] + 3 * classes, dim)
         self.position = nn.Parameter(0.02 * torch.randn(max_length, dim))
-        self.column = nn.Parameter(0.02 * torch.randn(columns + 1, dim))  # one more for padding
+        self.column = nn.Parameter(0.1 * torch.randn(columns + 1, dim))  # one more for padding
+        self.shape = nn.Parameter(0.1 * torch.randn(SHAPES, dim))
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, dropout, activation) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.classify = nn.Linear(dim, classes)
@@ -763,14 +783,15 @@ class TransformerClassifier(nn.Module):
     def forward(
         self, tokens: torch.Tensor, evidence: torch.Tensor | None = None, return_attn: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """tokens (B, T, 2) -> logits (B, C); with `return_attn` also the last layer's attn_weights (B, heads, T, T).
+        """tokens (B, T, 3) -> logits (B, C); with `return_attn` also the last layer's attn_weights (B, heads, T, T).
 
-        Training texts bring their own `evidence` (B, T, 2, C), which leaves them out.
+        Training texts bring their own `evidence` (B, T, 3, C), which leaves them out.
         """
-        word, column = tokens.unbind(-1)  # (B, T)
+        word, column, shape = tokens.unbind(-1)  # (B, T)
         evidence = self.evidence[token_grams(tokens, self.roots)] if evidence is None else evidence
-        x = torch.cat([self.features[word], evidence.flatten(2)], -1)  # (B, T, F + 2C)
-        x = self.project(self.input_dropout(x)) + self.position[: x.shape[1]] + self.column[column]  # (B, T, dim)
+        x = torch.cat([self.features[word], evidence.flatten(2)], -1)  # (B, T, F + 3C)
+        x = self.project(self.input_dropout(x)) + self.column[column] + self.shape[shape]  # (B, T, dim)
+        x = x + self.position[: x.shape[1]]
         for layer in self.layers:
             x, attn_weights = layer(x, word != PAD, return_attn)
         inside = F.one_hot(column, len(self.column))[..., 1:].float()  # (B, T, columns), nothing at padding
@@ -787,10 +808,10 @@ class TransformerClassifier(nn.Module):
 
 
 def drop_words(tokens: torch.Tensor, p: float) -> torch.Tensor:
-    """Turn each word of (B, T, 2) into <unk> with probability p; columns and padding stay."""
-    word, column = tokens.unbind(-1)
+    """Turn each word of (B, T, 3) into <unk> with probability p; columns, shapes and padding stay."""
+    word, *marks = tokens.unbind(-1)
     dropped = (torch.rand(word.shape, device=word.device) < p) & (word != PAD)
-    return torch.stack([word.masked_fill(dropped, UNK), column], -1)
+    return torch.stack([word.masked_fill(dropped, UNK), *marks], -1)
 
 
 def r_drop_loss(
@@ -852,7 +873,7 @@ def train_member(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     tokens = inputs.tokens
     seed_all(*place)
-    linked, (count, classes) = len(model.roots) * len(model.column), model.evidence.shape
+    linked, (count, classes) = (SHAPES + len(model.column)) * len(model.roots), model.evidence.shape
     whole, evidence, part_of = class_evidence(inputs.grams, linked, count, labels, rows, classes)
     model.evidence.copy_(whole)
     evidence = evidence.to(device)
@@ -893,9 +914,9 @@ def train_member(
 
             mine = batch[rank::world] or batch[:1]  # this process's share
             weight = (rank < len(batch)) / len(batch)  # 0 where a small last batch left it none
-            x = pad_sequence([tokens[row] for row in mine], batch_first=True, padding_value=PAD).to(device)  # (B, T, 2)
+            x = pad_sequence([tokens[row] for row in mine], batch_first=True, padding_value=PAD).to(device)  # (B, T, 3)
             y = labels[mine].to(device)  # (B,)
-            x = drop_words(x.repeat(passes, 1, 1), args.word_dropout)  # (passes B, T, 2)
+            x = drop_words(x.repeat(passes, 1, 1), args.word_dropout)  # (passes B, T, 3)
             part = part_of[mine].repeat(passes).to(device)  # (passes B,)
             with autocast(device):
                 logits = model(x, evidence[part[:, None, None], token_grams(x, model.roots)]).float()  # (passes B, C)
@@ -945,16 +966,16 @@ def predict_probabilities(
 ) -> torch.Tensor:
     """Class probabilities (N, C) of the texts, each with its `grams`: a product of two experts (Hinton 2002, eq. 1).
 
-    The encoder gives the logits; the evidence of the text's pairs and stems by column, summed, is a naive Bayes
-    classifier's vote. Trained apart, they err apart: dividing by 2 √n keeps the vote of n dependent grams from drowning
-    the logits.
+    The encoder gives the logits; the evidence of the text's grams, summed, is a naive Bayes classifier's vote. Trained
+    apart, they err apart: dividing by 2 √n keeps the vote of n dependent grams from drowning the logits. A stem votes
+    as one of its column, and in capitals once more.
     """
     device = model.position.device
     model.eval()
     probabilities = torch.zeros(len(tokens), model.classify.out_features)
     for batch in length_batches([len(text) for text in tokens], list(range(len(tokens))), 128, None):
         x = pad_sequence([tokens[row] for row in batch], batch_first=True, padding_value=PAD).to(device)
-        voters = [grams[row][grams[row] >= len(model.roots)].to(device) for row in batch]
+        voters = [grams[row][grams[row] >= 2 * len(model.roots)].to(device) for row in batch]
         votes = [model.evidence[mine].sum(0) / (2 * math.sqrt(len(mine) or 1)) for mine in voters]
         probabilities[batch] = (model(x) + torch.stack(votes)).softmax(-1).cpu()
     return probabilities
@@ -1104,7 +1125,7 @@ def show_attention(folder: Path, news: News, inputs: Inputs, state: dict, oof: t
         for number, row in enumerate(rows[:1] + other[:1], 1):
             _, attn = reader[row](inputs.tokens[row][None], return_attn=True)
             known = zip(split_text(news.texts[row], inputs.columns, tokenize), inputs.tokens[row][:, 0], strict=False)
-            words = [f"[{word}]" if token == UNK else word for (word, _), token in known]  # <unk> in brackets
+            words = [f"[{word}]" if token == UNK else word for (word, *_), token in known]  # <unk> in brackets
             true, guess = news.classes[news.labels[row]], news.classes[predicted[row]]
             title = f"{news.header[0]} {news.ids[row]}: true class {true}, predicted {guess} ({confidence[row]:.0%})"
             plot_attention(folder / f"attention-{kind}-{number}.png", words, attn[0], title)
@@ -1146,7 +1167,7 @@ def write_submission(path: Path, news: News, predicted: torch.Tensor) -> None:
 def build_model(state: dict) -> TransformerClassifier:
     """The network that a checkpoint describes, with fresh weights."""
     shape = (state["settings"][name] for name in ("dim", "heads", "layers", "dropout", "activation"))
-    grams = (state["columns"] + 1) * len(state["roots"]) + len(state["pairs"])
+    grams = (1 + SHAPES + state["columns"]) * len(state["roots"]) + len(state["pairs"])
     return TransformerClassifier(state["features"], state["roots"], grams, len(state["classes"]), state["columns"],
                                  state["max_length"], *shape)  # fmt: skip
 

@@ -105,7 +105,7 @@ def accuracy(args: argparse.Namespace, news: t.News, inputs: t.Inputs) -> None:
     texts, labels = np.array(news.texts), news.labels.numpy()
     lower = np.array([" ".join(t.make_tokenizer("basic_english")(text)) for text in news.texts])
 
-    marked = np.array([" ".join(map(str, t.token_grams(text, inputs.roots)[:, 1].tolist())) for text in inputs.tokens])
+    marked = np.array([" ".join(map(str, t.token_grams(text, inputs.roots)[:, 2].tolist())) for text in inputs.tokens])
     binary = CountVectorizer(binary=True, token_pattern=r"\d+")
 
     def linear(classifier, texts=texts, weigh=None):
@@ -143,6 +143,7 @@ def accuracy(args: argparse.Namespace, news: t.News, inputs: t.Inputs) -> None:
         "transformer.py, GloVe, --layers 2": ["--vectors", args.vectors, "--layers", "2"],
         "transformer.py, GloVe, --seeds 5": ["--vectors", args.vectors, "--seeds", "5"],
         **{f"transformer.py, GloVe, --seed {n}": ["--vectors", args.vectors, "--seed", str(n)] for n in (1, 2, 3, 4)},
+        **{f"transformer.py, no vectors, --seed {n}": ["--vectors", "none", "--seed", str(n)] for n in (1, 2, 3, 4)},
     }
     for name, words in ours.items():
         report(name, run_transformer([*common, *words])["oof_accuracy"])

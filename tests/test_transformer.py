@@ -49,14 +49,15 @@ def write_rows(path, rows):
 
 def small_model(layers=1, words=50):
     torch.manual_seed(0)
-    model = t.TransformerClassifier(torch.randn(words, 8), torch.arange(words), 3 * words, 3, 2, 20, 16, 2, layers, 0.3)
+    model = t.TransformerClassifier(torch.randn(words, 8), torch.arange(words), 6 * words, 3, 2, 20, 16, 2, layers, 0.3)
     model.evidence.normal_()
     return model.eval()
 
 
 def random_tokens(count, length, words=50):
-    """(count, length, 2): words, the first 3 of column 1 and the others of column 2."""
-    return torch.stack([torch.randint(2, words, (count, length)), 1 + (torch.arange(length) > 2).repeat(count, 1)], -1)
+    """(count, length, 3): words, the first 3 of column 1 and the others of column 2, in any shape."""
+    column = 1 + (torch.arange(length) > 2).repeat(count, 1)
+    return torch.stack([torch.randint(2, words, (count, length)), column, torch.randint(3, (count, length))], -1)
 
 
 # mathematics ---------------------------------------------------------------------------------------------------------
@@ -101,8 +102,9 @@ def test_padding_has_no_effect():
 
 def test_columns_are_told_apart_and_count_alike():
     model, tokens = small_model(), random_tokens(1, 8)
-    swapped = torch.stack([tokens[..., 0], 3 - tokens[..., 1]], -1)
-    assert not torch.allclose(model(tokens), model(swapped))
+    word, column, shape = tokens.unbind(-1)
+    for other in (torch.stack([word, 3 - column, shape], -1), torch.stack([word, column, 2 - shape], -1)):
+        assert not torch.allclose(model(tokens), model(other))
 
     seen, pooled = [], []
     model.norm.register_forward_hook(lambda module, x, y: seen.append(y))
@@ -112,11 +114,12 @@ def test_columns_are_told_apart_and_count_alike():
     torch.testing.assert_close(weights, torch.tensor([1 / 3] * 3 + [1 / 5] * 5) / 2)
 
 
-def test_split_text_numbers_the_columns():
-    assert t.split_text("a title\tits\trest", 2, str.split) == [("a", 1), ("title", 1), ("its", 2), ("rest", 2)]
-    assert t.split_text("a b", 2, str.split) == [("a", 1), ("b", 1)] and t.split_text("\t", 2, str.split) == []
-    encoded = t.encode([[("b", 1), ("x", 2), ("a", 2)], []], {"a": 2, "b": 3}, 2)
-    assert [text.tolist() for text in encoded] == [[[3, 1], [t.UNK, 2]], [[t.UNK, 1]]]
+def test_split_text_tells_column_and_shape():
+    tokens = t.split_text("Oil and US\toil\tus 3", 2, t.make_tokenizer("whitespace"))
+    assert tokens == [("oil", 1, 1), ("and", 1, 0), ("us", 1, 2), ("oil", 2, 0), ("us", 2, 0), ("3", 2, 0)]
+    assert t.split_text("a b", 2, str.split) == [("a", 1, 0), ("b", 1, 0)] and t.split_text("\t", 2, str.split) == []
+    encoded = t.encode([[t.Token("b", 1, 2), t.Token("x", 2, 0), t.Token("a", 2, 0)], []], {"a": 2, "b": 3}, 2)
+    assert [text.tolist() for text in encoded] == [[[3, 1, 2], [t.UNK, 2, 0]], [[t.UNK, 1, 0]]]
 
 
 def test_r_drop_loss_equals_reference():
@@ -172,12 +175,12 @@ def test_one_pass_is_plain_cross_entropy():
 def test_find_grams_names_stems_and_neighbours():
     roots = torch.tensor([0, 1, 2, 3, 3])  # words 3 and 4 share a stem
     pairs = torch.tensor([2 * 5 + 3, 3 * 5 + 2])
-    text = torch.tensor([[2, 1], [4, 1], [3, 2], [2, 2]])
-    assert t.token_grams(text, roots).tolist() == [[2, 7], [3, 8], [3, 13], [2, 12]]
-    assert t.find_grams(text, roots, pairs, 2).tolist() == [2, 3, 7, 8, 12, 13, 15, 16]
-    assert t.find_grams(text[1:2], roots, pairs, 2).tolist() == [3, 8]
-    assert t.find_grams(text[:2], roots, pairs[:0], 2).tolist() == [2, 3, 7, 8]  # no text has a pair
-    assert t.find_grams(torch.tensor([[t.UNK, 1]]), roots, pairs, 2).tolist() == [0]
+    text = torch.tensor([[2, 1, 0], [4, 1, 2], [3, 2, 0], [2, 2, 0]])
+    assert t.token_grams(text, roots).tolist() == [[2, 7, 22], [3, 18, 23], [3, 8, 28], [2, 7, 27]]
+    assert t.find_grams(text, roots, pairs, 2).tolist() == [2, 3, 7, 8, 18, 22, 23, 27, 28, 30, 31]
+    assert t.find_grams(text[1:2], roots, pairs, 2).tolist() == [3, 18, 23]
+    assert t.find_grams(text[:2], roots, pairs[:0], 2).tolist() == [2, 3, 7, 18, 22, 23]  # no text has a pair
+    assert t.find_grams(torch.tensor([[t.UNK, 1, 1]]), roots, pairs, 2).tolist() == [0]
 
 
 def test_class_evidence_leaves_the_text_itself_out():
@@ -204,23 +207,24 @@ def test_evidence_and_its_vote_equal_naive_bayes():
 
     torch.manual_seed(0)
     labels, roots = torch.arange(60) % 3, torch.arange(20)
-    tokens = [torch.stack([torch.randint(2, 20, (5,)), torch.tensor([1, 1, 2, 2, 2])], 1) for _ in range(60)]
+    marks = torch.tensor([1, 1, 2, 2, 2]), torch.tensor([0, 1, 0, 2, 0])  # columns, shapes
+    tokens = [torch.stack([torch.randint(2, 20, (5,)), *marks], 1) for _ in range(60)]
     grams = [t.find_grams(text, roots, torch.empty(0, dtype=torch.long), 2) for text in tokens]
-    whole, _, _ = t.class_evidence(grams, 60, 60, labels, list(range(60)), 3)
-    counts = np.zeros((60, 60))
+    whole, _, _ = t.class_evidence(grams, 120, 120, labels, list(range(60)), 3)
+    counts = np.zeros((60, 120))
     for row, text in enumerate(grams):
         counts[row, text] = 1
     bayes = MultinomialNB(alpha=0.5).fit(counts, labels)
     expected = bayes.feature_log_prob_.T - bayes.feature_log_prob_.T.mean(1, keepdims=True)
     np.testing.assert_allclose(whole[1:], expected[1:], rtol=1e-4, atol=1e-5)
 
-    model = t.TransformerClassifier(torch.randn(20, 8), roots, 60, 3, 2, 20, 16, 2, 1, 0.0)
+    model = t.TransformerClassifier(torch.randn(20, 8), roots, 120, 3, 2, 20, 16, 2, 1, 0.0)
     model.evidence.copy_(whole)
     nn.init.zeros_(model.classify.weight), nn.init.zeros_(model.classify.bias)  # the vote alone; the classes are even
-    voters = torch.tensor([[float((text >= 20).sum())] for text in grams])  # title and description are other words
+    voters = torch.tensor([[float((text >= 40).sum())] for text in grams])  # capitals; title and description apart
     log_odds = t.predict_probabilities(model, tokens, grams).log() * 2 * voters.sqrt()
-    by_column = np.where(np.arange(60) >= 20, counts, 0)
-    np.testing.assert_allclose(log_odds.softmax(-1), bayes.predict_proba(by_column), rtol=1e-3)
+    counts[:, :40] = 0
+    np.testing.assert_allclose(log_odds.softmax(-1), bayes.predict_proba(counts), rtol=1e-3)
 
 
 def test_length_batches_hold_each_row_once():
