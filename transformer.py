@@ -1174,9 +1174,12 @@ def build_model(state: dict) -> TransformerClassifier:
 
 def load_members(state: dict) -> list[TransformerClassifier]:
     """The trained models of a checkpoint, on the CPU, ready to predict."""
-    models = [build_model(state).eval() for _ in state["members"]]
-    for model, member in zip(models, state["members"], strict=True):
-        model.load_state_dict(member["weights"])
+    try:
+        models = [build_model(state).eval() for _ in state["members"]]
+        for model, member in zip(models, state["members"], strict=True):
+            model.load_state_dict(member["weights"])
+    except (KeyError, RuntimeError):
+        fail("the checkpoint was trained by another version of transformer.py. Train again without --resume")
     return models
 
 
@@ -1185,18 +1188,18 @@ def predict(args: argparse.Namespace) -> dict:
     state = load_checkpoint(args.out / "checkpoint.pt", "transformer", {})
     if not state["members"]:
         fail(f"{args.out}: the run there has no trained model yet. Go on with it: --resume")
-    path = Path(args.predict)
+    models, path = load_members(state), Path(args.predict)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if os.path.isfile(path) else [args.predict]
     texts = ["\t".join(map(clean_text, line.split("\t"))) for line in lines]
     tokenize = make_tokenizer(state["settings"]["tokenizer"])
     index = {word: i for i, word in enumerate(state["words"])}
     tokens = encode([split_text(text, state["columns"], tokenize) for text in texts], index, state["max_length"])
     grams = [find_grams(text, state["roots"], state["pairs"], state["columns"]) for text in tokens]
-    probabilities = torch.stack([predict_probabilities(model, tokens, grams) for model in load_members(state)]).mean(0)
+    probabilities = torch.stack([predict_probabilities(model, tokens, grams) for model in models]).mean(0)
     confidence, predicted = probabilities.max(-1)
     labels = [state["classes"][i] for i in predicted]
     for label, share, text in zip(labels, confidence.tolist(), texts, strict=True):
-        print(f"{label}\t{share:.3f}\t{text}")
+        print(label, f"{share:.3f}", text.replace("\t", " "), sep="\t")
     return {"labels": labels, "confidence": confidence.tolist()}
 
 

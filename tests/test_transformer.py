@@ -302,6 +302,12 @@ def test_run_leaves_what_it_promises(here, capsys):
         for text in ("Oil prices\tfell on Monday", "Oil prices fell on Monday")
     ]
     assert told[0] != told[1]  # a tab parts title and description
+    state = torch.load("runs/transformer/checkpoint.pt", weights_only=True)
+    del state["columns"]
+    torch.save(state, "runs/transformer/checkpoint.pt")
+    with pytest.raises(SystemExit):
+        t.main(["--predict", "a text"])
+    assert "trained by another version" in capsys.readouterr().err
     assert without_seconds(run("--seed", "1")) != without_seconds(metrics)
 
 
