@@ -103,8 +103,10 @@ def test_padding_has_no_effect():
 def test_columns_are_told_apart_and_count_alike():
     model, tokens = small_model(), random_tokens(1, 8)
     word, column, shape = tokens.unbind(-1)
-    for other in (torch.stack([word, 3 - column, shape], -1), torch.stack([word, column, 2 - shape], -1)):
-        assert not torch.allclose(model(tokens), model(other))
+    for _ in range(2):  # by the evidence, and without any by the marks' own vectors
+        for other in (torch.stack([word, 3 - column, shape], -1), torch.stack([word, column, (1 + shape) % 3], -1)):
+            assert not torch.allclose(model(tokens), model(other))
+        model.evidence.zero_()
 
     seen, pooled = [], []
     model.norm.register_forward_hook(lambda module, x, y: seen.append(y))
@@ -114,9 +116,21 @@ def test_columns_are_told_apart_and_count_alike():
     torch.testing.assert_close(weights, torch.tensor([1 / 3] * 3 + [1 / 5] * 5) / 2)
 
 
+def test_drop_words_keeps_marks_and_padding():
+    tokens = F.pad(random_tokens(200, 9), (0, 0, 0, 3))
+    dropped = t.drop_words(tokens, 0.3)
+    changed = dropped[..., 0] != tokens[..., 0]
+    assert torch.equal(dropped[..., 1:], tokens[..., 1:]) and (dropped[changed][:, 0] == t.UNK).all()
+    assert not changed[:, 9:].any() and abs(changed[:, :9].float().mean() - 0.3) < 0.05
+
+
 def test_split_text_tells_column_and_shape():
-    tokens = t.split_text("Oil and US\toil\tus 3", 2, t.make_tokenizer("whitespace"))
-    assert tokens == [("oil", 1, 1), ("and", 1, 0), ("us", 1, 2), ("oil", 2, 0), ("us", 2, 0), ("3", 2, 0)]
+    tokens = t.split_text("Oil and US\toil\tus 3 OIL", 2, t.make_tokenizer("whitespace"))  # as written there first
+    title, rest = (
+        [("oil", 1, 1), ("and", 1, 0), ("us", 1, 2)],
+        [("oil", 2, 0), ("us", 2, 0), ("3", 2, 0), ("oil", 2, 0)],
+    )
+    assert tokens == title + rest
     assert t.split_text("a b", 2, str.split) == [("a", 1, 0), ("b", 1, 0)] and t.split_text("\t", 2, str.split) == []
     encoded = t.encode([[t.Token("b", 1, 2), t.Token("x", 2, 0), t.Token("a", 2, 0)], []], {"a": 2, "b": 3}, 2)
     assert [text.tolist() for text in encoded] == [[[3, 1, 2], [t.UNK, 2, 0]], [[t.UNK, 1, 0]]]
