@@ -968,7 +968,7 @@ def predict_probabilities(
 
     The encoder gives the logits; the evidence of the text's grams, summed, is a naive Bayes classifier's vote. Trained
     apart, they err apart: dividing by 2 √n keeps the vote of n dependent grams from drowning the logits. A stem votes
-    as one of its column, and in capitals once more.
+    as one of its column, and with a capital once more.
     """
     device = model.position.device
     model.eval()
