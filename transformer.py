@@ -873,7 +873,8 @@ def train_member(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     tokens = inputs.tokens
     seed_all(*place)
-    linked, (count, classes) = (SHAPES + len(model.column)) * len(model.roots), model.evidence.shape
+    count, classes = model.evidence.shape
+    linked = count - len(inputs.pairs)  # the grams that a token has by itself
     whole, evidence, part_of = class_evidence(inputs.grams, linked, count, labels, rows, classes)
     model.evidence.copy_(whole)
     evidence = evidence.to(device)

@@ -36,7 +36,7 @@ def probability(model: t.TransformerClassifier, texts: list[torch.Tensor]) -> to
 
 @torch.no_grad()
 def delete_tokens(model: t.TransformerClassifier, text: torch.Tensor, share: float) -> list[float]:
-    """Probability of the class that `text` (T, 3) gets: whole, without its most attended tokens, without others."""
+    """Probability of `text`'s predicted class, text (T, 3): whole, without its most attended, without random tokens."""
     count = max(1, round(share * len(text)))
     _, attn = model(text[None], return_attn=True)
     received = attn[0].mean((0, 1))  # (T,), over heads and over the tokens that look
