@@ -608,35 +608,33 @@ def find_grams(tokens: torch.Tensor, roots: torch.Tensor, pairs: torch.Tensor, c
 
 
 def class_evidence(
-    grams: list[torch.Tensor], linked: int, count: int, labels: torch.Tensor, rows: list[int], classes: int,
-    parts: int = 20,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    tokens: list[torch.Tensor], grams: list[torch.Tensor], roots: torch.Tensor, count: int, labels: torch.Tensor,
+    rows: list[int], classes: int, parts: int = 20,
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:  # fmt: skip
     """How much more often each of `count` grams stands in one class than in the others, over the training `rows` only.
 
-    Returns (count, C) of log p(gram | class), add-half smoothed, less its mean over classes (the log-count ratio of
-    Wang and Manning 2012, eq. 1, for C classes). Looked up as it is, a training text would find its own label in the
-    counts of its rare words; so the rows are dealt into `parts`, and a row reads a table that leaves its part out:
-    tables (parts + 1, linked, C) of the first `linked` grams, and the number of each text's table (N,). The last table
-    counts all rows and is for every other text. Gram 0, <unk>, says nothing.
+    It is log p(gram | class), add-half smoothed, less its mean over classes (the log-count ratio of Wang and Manning
+    2012, eq. 1, for C classes). Returns the table (count, C) for texts to come, and {row: (T, 3, C)} for the tokens of
+    the training texts. In the table they would find their own label in the counts of their rare words; so the rows are
+    dealt into `parts`, and the counts that a row reads leave its part out.
     """
-    part_of = torch.full((len(grams),), parts)
-    part_of[torch.tensor(rows)[torch.randperm(len(rows))]] = torch.arange(len(rows)) % parts
-    whole, own = torch.zeros(count, classes), torch.zeros(parts + 1, linked, classes)
-    size, own_size = torch.zeros(classes), torch.zeros(parts + 1, classes)
-    for row in rows:
-        part, label, found = part_of[row], labels[row], grams[row]
-        whole[found, label] += 1  # in how many texts, not how often
-        own[part, found[found < linked], label] += 1
-        size[label] += len(found)
-        own_size[part, label] += len(found)
 
-    def log_ratio(counts: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-        evidence = ((counts + 0.5) / (sizes + 0.5 * count)).log()
-        evidence -= evidence.mean(-1, keepdim=True)
-        evidence[..., 0, :] = 0.0
-        return evidence
+    def in_texts(rows: list[int]) -> torch.Tensor:
+        """In how many of these texts of each class each gram stands (count, C)."""
+        by_class = torch.cat([grams[row] * classes + labels[row] for row in rows])
+        return torch.bincount(by_class, minlength=count * classes).view(count, classes)
 
-    return log_ratio(whole, size), log_ratio(whole[:linked] - own, (size - own_size)[:, None]), part_of
+    def log_ratio(counts: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        evidence = ((counts[found] + 0.5) / (counts.sum(0) + 0.5 * count)).log()
+        return evidence - evidence.mean(-1, keepdim=True)
+
+    counts, own = in_texts(rows), {}
+    dealt = [rows[i] for i in torch.randperm(len(rows))]
+    for mine in [dealt[part::parts] for part in range(min(parts, len(rows)))]:
+        texts = [tokens[row] for row in mine]
+        evidence = log_ratio(counts - in_texts(mine), token_grams(torch.cat(texts), roots))
+        own |= zip(mine, evidence.split([len(text) for text in texts]), strict=True)
+    return log_ratio(counts, torch.arange(count)), own
 
 
 class Inputs(NamedTuple):
@@ -789,6 +787,7 @@ class TransformerClassifier(nn.Module):
         """
         word, column, shape = tokens.unbind(-1)  # (B, T)
         evidence = self.evidence[token_grams(tokens, self.roots)] if evidence is None else evidence
+        evidence = evidence * (word > UNK)[..., None, None]  # <unk> and padding say nothing
         x = torch.cat([self.features[word], evidence.flatten(2)], -1)  # (B, T, F + 3C)
         x = self.project(self.input_dropout(x)) + self.column[column] + self.shape[shape]  # (B, T, dim)
         x = x + self.position[: x.shape[1]]
@@ -874,10 +873,8 @@ def train_member(
     tokens = inputs.tokens
     seed_all(*place)
     count, classes = model.evidence.shape
-    linked = count - len(inputs.pairs)  # the grams that a token has by itself
-    whole, evidence, part_of = class_evidence(inputs.grams, linked, count, labels, rows, classes)
-    model.evidence.copy_(whole)
-    evidence = evidence.to(device)
+    table, own = class_evidence(tokens, inputs.grams, inputs.roots, count, labels, rows, classes)
+    model.evidence.copy_(table)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -918,9 +915,9 @@ def train_member(
             x = pad_sequence([tokens[row] for row in mine], batch_first=True, padding_value=PAD).to(device)  # (B, T, 3)
             y = labels[mine].to(device)  # (B,)
             x = drop_words(x.repeat(passes, 1, 1), args.word_dropout)  # (passes B, T, 3)
-            part = part_of[mine].repeat(passes).to(device)  # (passes B,)
+            evidence = pad_sequence([own[row] for row in mine], batch_first=True).to(device)  # (B, T, 3, C)
             with autocast(device):
-                logits = model(x, evidence[part[:, None, None], token_grams(x, model.roots)]).float()  # (passes B, C)
+                logits = model(x, evidence.repeat(passes, 1, 1, 1)).float()  # (passes B, C)
             loss, nll = r_drop_loss(logits, y, args.label_smoothing, args.r_drop)
             optimizer.zero_grad()
             (loss * weight).backward()

@@ -116,6 +116,16 @@ def test_columns_are_told_apart_and_count_alike():
     torch.testing.assert_close(weights, torch.tensor([1 / 3] * 3 + [1 / 5] * 5) / 2)
 
 
+def test_unknown_words_and_padding_bring_no_evidence():
+    model, tokens = small_model(), F.pad(random_tokens(4, 9), (0, 0, 0, 3))
+    evidence = model.evidence[t.token_grams(tokens, model.roots)]
+    torch.testing.assert_close(model(tokens, evidence), model(tokens))
+    tokens[:, 4, 0] = t.UNK
+    other = evidence.clone()
+    other[:, 4] = other[:, 9:] = 5.0
+    assert torch.equal(model(tokens, evidence), model(tokens, other))
+
+
 def test_drop_words_keeps_marks_and_padding():
     tokens = F.pad(random_tokens(200, 9), (0, 0, 0, 3))
     dropped = t.drop_words(tokens, 0.3)
@@ -197,40 +207,44 @@ def test_find_grams_names_stems_and_neighbours():
     assert t.find_grams(torch.tensor([[t.UNK, 1, 1]]), roots, pairs, 2).tolist() == [0]
 
 
+def random_texts(count):
+    """`count` texts of five words in two columns, their distinct grams, and the roots: 120 grams without pairs."""
+    roots, pairs = torch.arange(20), torch.empty(0, dtype=torch.long)
+    marks = torch.tensor([1, 1, 2, 2, 2]), torch.tensor([0, 1, 0, 2, 0])  # columns, shapes
+    tokens = [torch.stack([torch.randint(2, 20, (5,)), *marks], 1) for _ in range(count)]
+    return tokens, [t.find_grams(text, roots, pairs, 2) for text in tokens], roots
+
+
 def test_class_evidence_leaves_the_text_itself_out():
-    """The table that a training text reads must be the same whatever that text's label is."""
+    """What a training text reads must be the same whatever its label and the held-out texts' labels are."""
     torch.manual_seed(0)
-    grams = [torch.randint(2, 30, (6,)).unique() for _ in range(40)]
-    labels, rows = torch.randint(3, (40,)), list(range(32))
+    texts, labels, rows = random_texts(40), torch.randint(3, (40,)), list(range(32))
     seen = []
     for label in range(3):
-        labels[5] = label
+        labels[5] = labels[32:] = label
         torch.manual_seed(1)
-        whole, tables, part_of = t.class_evidence(grams, 25, 30, labels, rows, 3, parts=4)
-        seen.append(tables[part_of[5]])
+        _, own = t.class_evidence(*texts, 120, labels, rows, 3, parts=4)
+        assert sorted(own) == rows
+        seen.append(own[5])
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
-    torch.testing.assert_close(tables[-1], whole[:25])
-    assert (part_of[32:] == 4).all() and sorted(part_of[:32].tolist()) == sorted(list(range(4)) * 8)
-    labels[32:] = 0
-    torch.manual_seed(1)
-    assert torch.equal(t.class_evidence(grams, 25, 30, labels, rows, 3, parts=4)[1], tables)  # nor held-out labels
+    _, own = t.class_evidence(*texts, 120, labels, rows, 3, parts=32)  # each text a part
+    without, _ = t.class_evidence(*texts, 120, labels, [row for row in rows if row != 5], 3)
+    tokens, _, roots = texts
+    torch.testing.assert_close(own[5], without[t.token_grams(tokens[5], roots)])
 
 
 def test_evidence_and_its_vote_equal_naive_bayes():
     from sklearn.naive_bayes import MultinomialNB
 
     torch.manual_seed(0)
-    labels, roots = torch.arange(60) % 3, torch.arange(20)
-    marks = torch.tensor([1, 1, 2, 2, 2]), torch.tensor([0, 1, 0, 2, 0])  # columns, shapes
-    tokens = [torch.stack([torch.randint(2, 20, (5,)), *marks], 1) for _ in range(60)]
-    grams = [t.find_grams(text, roots, torch.empty(0, dtype=torch.long), 2) for text in tokens]
-    whole, _, _ = t.class_evidence(grams, 120, 120, labels, list(range(60)), 3)
+    labels, (tokens, grams, roots) = torch.arange(60) % 3, random_texts(60)
+    whole, _ = t.class_evidence(tokens, grams, roots, 120, labels, list(range(60)), 3)
     counts = np.zeros((60, 120))
     for row, text in enumerate(grams):
         counts[row, text] = 1
     bayes = MultinomialNB(alpha=0.5).fit(counts, labels)
     expected = bayes.feature_log_prob_.T - bayes.feature_log_prob_.T.mean(1, keepdims=True)
-    np.testing.assert_allclose(whole[1:], expected[1:], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(whole, expected, rtol=1e-4, atol=1e-5)
 
     model = t.TransformerClassifier(torch.randn(20, 8), roots, 120, 3, 2, 20, 16, 2, 1, 0.0)
     model.evidence.copy_(whole)
