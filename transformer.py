@@ -1135,8 +1135,8 @@ def write_predictions(folder: Path, news: News, oof: torch.Tensor) -> None:
 
     confidence, predicted = oof.max(-1)
     frame = pd.DataFrame({news.header[0]: news.ids, "true": [news.classes[i] for i in news.labels]})
-    frame = frame.assign(predicted=[news.classes[i] for i in predicted], confidence=confidence)
-    frame = frame.assign(**{f"p({name})": oof[:, i] for i, name in enumerate(news.classes)})
+    frame = frame.assign(predicted=[news.classes[i] for i in predicted], confidence=confidence.numpy())
+    frame = frame.assign(**{f"p({name})": oof[:, i].numpy() for i, name in enumerate(news.classes)})
     with atomic(folder / "oof_predictions.csv") as temporary:
         frame.to_csv(temporary, index=False, float_format="%.4f")
     wrong = frame.assign(text=[text.replace("\t", " ") for text in news.texts])[frame["true"] != frame["predicted"]]
