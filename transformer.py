@@ -87,7 +87,7 @@ MAX_FIELD = 100_000  # characters in one csv field; the longest news text of the
 # fmt: off
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=Help)
     parser.error = fail  # a mistake is one line here as everywhere
     add = parser.add_argument_group("run").add_argument
     add("--data", type=Path, metavar="DIR", help="folder with train.csv and test.csv; otherwise data/ beside the "
@@ -97,7 +97,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--predict", metavar="TEXT", help="classify a text, or each line of a file, with the model in "
         "--out; a tab parts its columns, such as title and description")
     add("--compare-tokenizers", action="store_true", help="a run for each tokenizer, a table and a figure")
-    add("--seed", type=int, default=0, help="of folds, weights, batches and dropout")
+    add("--seed", type=seed, default=0, help="of folds, weights, batches and dropout")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train")
     add("--limit", type=positive, metavar="N", help="train on N random rows only, for a first look")
     add = parser.add_argument_group("columns, where the header does not tell").add_argument
@@ -106,7 +106,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--text-columns", metavar="NAME", nargs="+", help="joined in this order; otherwise all others in file order")
     add = parser.add_argument_group("text").add_argument
     add("--tokenizer", choices=TOKENIZERS, default="basic_english", help="from text to tokens")
-    add("--min-freq", type=positive, default=2, help="a word seen less often and without a vector becomes <unk>")
+    add("--min-freq", type=positive, default=2, help="a word whose stem is seen less often, and which "
+        "has no vector, becomes <unk>")
     add("--max-length", type=positive, metavar="TOKENS", help="cut longer texts; otherwise the longest training text")
     add("--vectors", metavar="PATH|NAME|none", help="word vectors to start from: a GloVe, fastText or word2vec text "
         "file, or a name that torchtext downloads (glove.6B.100d); otherwise glove*.txt or *.vec in the data folder")
@@ -151,7 +152,15 @@ def checked(convert: Callable, holds: Callable, what: str) -> Callable:
     return parse
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names each flag's default, where it has one to name."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 positive = checked(int, lambda v: v >= 1, "a whole number from 1 up")
+seed = checked(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295")
 positive_float = checked(float, lambda v: 0 < v < math.inf, "a positive number")
 not_negative = checked(float, lambda v: 0 <= v < math.inf, "a number from 0 up")
 fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
@@ -182,12 +191,12 @@ def pick_device(name: str) -> torch.device:
     """The device called `name`; `auto` is a GPU when there is one. Under torchrun each process takes its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
+        if name == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError):
-        fail(f"--device {name}: torch finds no such device here. Use --device auto")
+        fail(f"--device {name}: torch finds no such device for this process. Use --device cpu, or fewer processes")
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -252,6 +261,8 @@ held_locks: list[int] = []  # file descriptors of locked run folders; closed whe
 
 def open_run(folder: Path, resume: bool, config: dict) -> None:
     """Make and lock the run's folder, leave config.json there; without `resume`, keep what stood there as .previous."""
+    if folder.name in ("", ".."):
+        fail(f"{folder}: a run needs a folder with a name. Name one with --out")
     try:
         for attempt in range(2):
             folder.mkdir(parents=True, exist_ok=True)
@@ -277,12 +288,15 @@ def open_run(folder: Path, resume: bool, config: dict) -> None:
 
 def describe_run(args: argparse.Namespace, hashes: dict[str, str]) -> dict:
     """What config.json says: arguments, data, versions, commit."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    try:
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=HERE, stderr=subprocess.DEVNULL, text=True)
+    except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
+        commit = ""
     return {
         "arguments": vars(args),
         "sha256": hashes,
         "seed": args.seed,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit.strip() or None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
@@ -431,7 +445,7 @@ def load_news(args: argparse.Namespace) -> News:
     rare, count = min(((name, counts[name]) for name in classes), key=lambda pair: pair[1])
     if count < args.folds:
         fail(f"{train_path}: {label} {rare!r} stands in {count} rows; {args.folds} folds need one each. "
-             "Mend the label, or lower --folds")  # fmt: skip
+             + ("Raise --limit, or lower --folds" if args.limit else "Mend the label, or lower --folds"))  # fmt: skip
     if len(classes) < 2:
         fail(f"{train_path}: every row has the {label} {classes[0]!r}; there is nothing to tell apart")
     header = (key or "Id", label)
@@ -442,7 +456,7 @@ def load_news(args: argparse.Namespace) -> News:
         if sorted(frame.iloc[:, 0]) != sorted(test_ids):
             fail(f"{sample}: its ids are not those of {test_path}. Take both from the same competition")
         header = tuple(frame.columns[:2])
-    print(f"rows      {len(names)} to train on ({', '.join(f'{n} {c}' for n, c in sorted(counts.items()))}), "
+    print(f"rows      {len(names)} to train on ({', '.join(f'{name}: {counts[name]}' for name in classes)}), "
           f"{len(test_ids)} to classify; text: {' + '.join(texts)}")  # fmt: skip
     labels = torch.tensor([classes.index(name) for name in names])
     hashes = {"train.csv": train_hash, "test.csv": test_hash}
@@ -453,8 +467,8 @@ def clean_text(text: str) -> str:
     """Undo the debris of a scraped corpus: `Haiti #39;s` -> `Haiti's`, `&lt;b&gt;`, ` quot;`, `\\$44` -> `$44`."""
     text = re.sub(r"\s?#39;", "'", text)
     text = re.sub(r"\s?\bquot;", '"', text)
-    text = re.sub(r"&#\d{8,}", "", text)  # no character has such a number
-    text = html.unescape(html.unescape(text))  # &amp;lt; was escaped twice
+    for _ in range(2):  # &amp;lt; was escaped twice
+        text = html.unescape(re.sub(r"&#\d{8,}", " ", text))  # no character has such a number
     text = re.sub(r"</?[a-zA-Z][^<>]*>|#\d+;", " ", text)
     return " ".join(text.replace("\\$", "$").replace("\\", " ").split())
 
@@ -504,11 +518,14 @@ def read_vectors(source: str, words: set[str], cache: Path) -> dict[str, np.ndar
         with open(source, encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, 1):
                 parts = line.rstrip().split(" ")
-                if number == 1 and len(parts) == 2 and parts[0].isdigit():
+                if parts == [""] or (number == 1 and len(parts) == 2 and parts[0].isdigit()):
                     continue
                 width = width or len(parts) - 1
+                if width < 2:
+                    fail(f"--vectors {source}: line {number} is not a word and its numbers, parted by blanks. Give a "
+                         "GloVe, fastText or word2vec text file")  # fmt: skip
                 extra = parts[1 : len(parts) - width]  # a few words of glove.840B have blanks inside: ". . ."
-                if len(parts) <= width or width < 2 or any(re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", x) for x in extra):
+                if len(parts) <= width or any(re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", x) for x in extra):
                     fail(f"--vectors {source}: line {number} has {len(parts) - 1} numbers, the first has {width}. "
                          "Give a GloVe, fastText or word2vec text file")  # fmt: skip
                 if parts[0] in words and not extra:
@@ -537,7 +554,7 @@ def split_text(text: str, columns: int, tokenize: Callable[[str], list[str]]) ->
         written = {word.lower(): word for word in reversed(re.findall(r"[^\W\d_]+", part))}  # as it stands there first
         for token in tokenize(part):
             word = written.get(token, "x")
-            tokens.append(Token(token, number, 0 if word[0].islower() else 1 + word[1:].isupper()))
+            tokens.append(Token(token, number, 1 + word[1:].isupper() if word[0].isupper() else 0))
     return tokens
 
 
@@ -709,7 +726,7 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float):
         super().__init__()
-        self.cut = round(256 * p)
+        self.cut = min(round(256 * p), 255)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.cut == 0:
@@ -894,8 +911,8 @@ def train_member(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
 
-    good = start or snapshot()
-    restore(good)
+    good = (start or {}).get("good") or start or snapshot()  # the last epoch's end
+    restore(start or good)
     passes = 2 if args.r_drop else 1
     lengths = [len(text) for text in tokens]
     per_epoch = math.ceil(len(rows) / args.batch_size)
@@ -946,11 +963,11 @@ def train_member(
             bar.update()
             bar.set_postfix_str(f"accuracy {at['hits'] / at['seen']:.3f}", refresh=False)
             if stop:
-                save(snapshot())
+                save(snapshot() | {"good": good})
                 raise KeyboardInterrupt
         else:  # the epoch ended without a break
             epoch, seen = at["epoch"] + 1, at["seen"]
-            history.append({"epoch": epoch, "loss": at["nll"] / seen, "accuracy": at["hits"] / seen})
+            history.append({"epoch": epoch, "cross_entropy": at["nll"] / seen, "accuracy": at["hits"] / seen})
             at.update(epoch=epoch, batch=0, nll=0.0, hits=0.0, seen=0)
             good = snapshot()
             save(good)
@@ -1002,10 +1019,10 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def plot_learning_curve(path: Path, history: list[dict], accuracy: float, error: float) -> None:
-    """Training loss and accuracy of each model by epoch, and the out-of-fold accuracy they come to."""
+    """Training cross-entropy and accuracy of each model by epoch, and the out-of-fold accuracy they come to."""
     figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
-    for panel, key in ((left, "loss"), (right, "accuracy")):
+    for panel, key in ((left, "cross_entropy"), (right, "accuracy")):
         curves = {}
         for row in history:
             curves.setdefault((row["fold"], row["seed"]), []).append((row["epoch"], row[key]))
@@ -1014,7 +1031,7 @@ def plot_learning_curve(path: Path, history: list[dict], accuracy: float, error:
         panel.plot([], [], color="tab:blue", label=f"training, {len(curves)} models")
         panel.set_xlabel("epoch")
         panel.xaxis.get_major_locator().set_params(integer=True)
-    left.set_ylabel("cross-entropy (nats per text)")
+    left.set_ylabel("cross-entropy, smoothed labels (nats per text)")
     right.set_ylabel("accuracy")
     right.axhline(accuracy, color="tab:red", label=f"out of fold {accuracy:.4f} ± {error:.4f}")
     right.axhspan(accuracy - error, accuracy + error, color="tab:red", alpha=0.15, linewidth=0)
@@ -1036,8 +1053,9 @@ def plot_confusion(path: Path, labels: torch.Tensor, predicted: torch.Tensor, cl
         for j in range(len(classes)):
             color = "white" if share[i, j] > 0.5 else "black"
             panel.text(j, i, int(counts[i, j]), ha="center", va="center", color=color)
-    panel.set_xticks(range(len(classes)), classes, rotation=45 if max(map(len, classes)) > 3 else 0)
-    panel.set_yticks(range(len(classes)), classes)
+    turn = 45 if max(map(len, classes)) > 3 else 0
+    panel.set_xticks(range(len(classes)), classes, rotation=turn, parse_math=False)
+    panel.set_yticks(range(len(classes)), classes, parse_math=False)
     panel.set_xlabel("predicted")
     panel.set_ylabel("true")
     figure.colorbar(image, label="share of the true class", shrink=0.8)
@@ -1052,7 +1070,7 @@ def plot_tokenizers(path: Path, frame, shown: dict[str, list[str]]) -> None:
     for i, (name, words) in enumerate(shown.items()):
         text = textwrap.fill(" | ".join(words), 100)
         label = f"{name}: {len(words)} tokens\n{text}"
-        top.text(0, 1 - i / len(shown), label, va="top", fontsize=9, family="monospace")
+        top.text(0, 1 - i / len(shown), label, va="top", fontsize=9, family="monospace", parse_math=False)
     bottom.errorbar(frame["oof_accuracy"], frame["tokenizer"], xerr=frame["oof_accuracy_se"], fmt="o", capsize=4)
     bottom.set_xlabel("out-of-fold accuracy ± standard error")
     bottom.invert_yaxis()
@@ -1068,17 +1086,17 @@ def plot_attention(path: Path, words: list[str], attn: torch.Tensor, title: str)
     figure = new_figure(9, 10.5)
     top, bottom = figure.subplots(2, 1, height_ratios=(count, heads + 1.5))
     scale = top.imshow(attn.mean(0).numpy(), cmap="Blues", vmin=0)
-    top.set_yticks(range(count), words, fontsize=8)
-    top.set_xticks(range(count), words, fontsize=8, rotation=90)
+    top.set_yticks(range(count), words, fontsize=8, parse_math=False)
+    top.set_xticks(range(count), words, fontsize=8, rotation=90, parse_math=False)
     top.set_ylabel("token that looks")
     top.set_xlabel("token looked at")
     figure.colorbar(scale, ax=top, label="attention, mean over heads", shrink=0.6)
     received = torch.cat([attn.mean(1), attn.mean((0, 1))[None]]) * count  # (heads + 1, T), 1 = an even share
     strip = bottom.imshow(received.numpy(), cmap="Oranges", vmin=0, aspect="auto")
     bottom.set_yticks(range(heads + 1), [*(f"head {i + 1}" for i in range(heads)), "mean"], fontsize=8)
-    bottom.set_xticks(range(count), words, fontsize=8, rotation=90)
+    bottom.set_xticks(range(count), words, fontsize=8, rotation=90, parse_math=False)
     figure.colorbar(strip, ax=bottom, label="received / even share", shrink=0.9)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     save_figure(figure, path)
 
 
@@ -1183,11 +1201,17 @@ def load_members(state: dict) -> list[TransformerClassifier]:
 
 def predict(args: argparse.Namespace) -> dict:
     """Classify --predict's text, or each line of the file of that name, with the mean of the run's models."""
+    if not (args.out / "checkpoint.pt").exists():
+        fail(f"{args.out}: no run there. Train first, or name its folder with --out")
     state = load_checkpoint(args.out / "checkpoint.pt", "transformer", {})
     if not state["members"]:
         fail(f"{args.out}: the run there has no trained model yet. Go on with it: --resume")
-    models, path = load_members(state), Path(args.predict)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if os.path.isfile(path) else [args.predict]
+    models, lines = load_members(state), [args.predict]
+    if os.path.isfile(args.predict):
+        try:
+            lines = Path(args.predict).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        except OSError as error:
+            fail(f"--predict {args.predict}: {error.strerror}. Give a text, or a file that can be read")
     texts = ["\t".join(map(clean_text, line.split("\t"))) for line in lines]
     tokenize = make_tokenizer(state["settings"]["tokenizer"])
     index = {word: i for i, word in enumerate(state["words"])}
@@ -1202,7 +1226,7 @@ def predict(args: argparse.Namespace) -> dict:
 
 
 def compare_tokenizers(args: argparse.Namespace, news: News) -> dict:
-    """One cross-validated run per tokenizer in <out>/<tokenizer>/, then tokenizers.csv and tokenizers.png in <out>."""
+    """One cross-validated run per tokenizer in <out>/tokenizers/<tokenizer>/, a table and a figure beside them."""
     import pandas as pd
 
     folder = args.out / "tokenizers"
@@ -1214,15 +1238,15 @@ def compare_tokenizers(args: argparse.Namespace, news: News) -> dict:
         seconds = time.monotonic() - begin
         print(f"\n{name}")
         own = argparse.Namespace(**vars(args) | {"tokenizer": name})
-        metrics = cross_validate(own, news, folder / name)
-        known = Counter(token for text in texts[::2] for token in text)  # half the texts stand for training
+        metrics = cross_validate(own, news, folder / name, folder / name / "submission.csv")
+        known = Counter(token for text in texts[::2] for token in text)  # how new are the words of the other half?
         held_out = [token for text in texts[1::2] for token in text]
         table.append(
             {
                 "tokenizer": name,
                 "tokens_per_text": sum(map(len, texts)) / len(texts),
                 "vocabulary": len({token for text in texts for token in text}),
-                "unk_share": sum(known[token] < args.min_freq for token in held_out) / len(held_out),
+                "unk_share": sum(known[token] < args.min_freq for token in held_out) / max(1, len(held_out)),
                 "vector_coverage": metrics["vector_coverage"],
                 "tokenize_seconds": seconds,
                 "oof_accuracy": metrics["oof_accuracy"],
@@ -1243,8 +1267,8 @@ def compare_tokenizers(args: argparse.Namespace, news: News) -> dict:
     return results
 
 
-def cross_validate(args: argparse.Namespace, news: News, folder: Path) -> dict:
-    """Train on each fold's complement, predict the fold and the test texts, and leave everything in `folder`."""
+def cross_validate(args: argparse.Namespace, news: News, folder: Path, submission: Path) -> dict:
+    """Train on each fold's complement, predict the fold and the test texts; `folder` takes all but the submission."""
     from sklearn.model_selection import StratifiedKFold
 
     begin = time.monotonic()
@@ -1254,12 +1278,19 @@ def cross_validate(args: argparse.Namespace, news: News, folder: Path) -> dict:
     settings = {name: value for name, value in vars(args).items() if name not in not_settings} | news.hashes
     checkpoint = folder / "checkpoint.pt"
     state = load_checkpoint(checkpoint, "transformer", settings) if args.resume and checkpoint.exists() else None
-    if state and (folder / "metrics.json").exists():
-        print(f"finished  {folder} holds this run's end already")
-        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    finished = folder / "metrics.json"
+    if state and finished.exists():
+        metrics = json.loads(finished.read_text(encoding="utf-8"))
+        print(f"finished  {folder} holds this run's end already: accuracy {metrics['oof_accuracy']:.4f} out of fold")
+        return metrics
     inputs = prepare(args, news)
+    if state and not (state["words"] == inputs.words and state["features"].shape == inputs.features.shape
+                      and torch.allclose(state["features"], inputs.features, atol=1e-3)):  # fmt: skip
+        fail(f"{checkpoint}: trained with other word vectors. Give the same --vectors, or start over without --resume")
     if rank == 0:
         open_run(folder, args.resume, describe_run(args, news.hashes))
+        if not state:
+            finished.unlink(missing_ok=True)  # of a run whose checkpoint is gone
         downloaded = folder.with_name(folder.name + ".previous") / "vectors"
         if downloaded.exists() and not (folder / "vectors").exists():
             downloaded.rename(folder / "vectors")
@@ -1306,11 +1337,8 @@ def cross_validate(args: argparse.Namespace, news: News, folder: Path) -> dict:
             test += member["test"] / (args.folds * args.seeds)
         hits = (oof[held_out].argmax(-1) == news.labels[held_out]).float()
         fold_accuracy.append(hits.mean().item())
-        if rank == 0:
-            seconds = earlier + time.monotonic() - begin
-            print(
-                f"fold {fold + 1}/{args.folds}  accuracy {hits.mean():.4f} on {len(hits)} rows, after {seconds:.0f} s"
-            )
+        seconds = earlier + time.monotonic() - begin
+        print(f"fold {fold + 1}/{args.folds}  accuracy {hits.mean():.4f} on {len(hits)} rows, after {seconds:.0f} s")
 
     accuracy = (oof.argmax(-1) == news.labels).float().mean().item()
     error = standard_error(accuracy, len(oof))
@@ -1323,15 +1351,17 @@ def cross_validate(args: argparse.Namespace, news: News, folder: Path) -> dict:
         "seconds": earlier + time.monotonic() - begin,
     }
     if rank == 0:
-        leave_results(news, inputs, folder, state, oof, test, metrics)
+        leave_results(news, inputs, folder, submission, state, oof, test, metrics)
     return metrics
 
 
 def leave_results(
-    news: News, inputs: Inputs, folder: Path, state: dict, oof: torch.Tensor, test: torch.Tensor, metrics: dict
-) -> None:
-    """History, figures, tables, submission.csv and, last, metrics.json: that it is there says the run is finished."""
+    news: News, inputs: Inputs, folder: Path, submission: Path, state: dict, oof: torch.Tensor, test: torch.Tensor,
+    metrics: dict,
+) -> None:  # fmt: skip
+    """The submission, history, figures, tables and, last, metrics.json: that it is there says the run is finished."""
     accuracy, error = metrics["oof_accuracy"], metrics["oof_accuracy_se"]
+    write_submission(submission, news, test.argmax(-1))
     with atomic(folder / "history.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(state["history"][0]))
         writer.writeheader()
@@ -1340,19 +1370,17 @@ def leave_results(
     plot_confusion(folder / "confusion-matrix.png", news.labels, oof.argmax(-1), news.classes)
     write_predictions(folder, news, oof)
     show_attention(folder, news, inputs, state, oof)
-    submission = Path("submission.csv")
-    write_submission(submission, news, test.argmax(-1))
     write_json(folder / "metrics.json", metrics)
     print(f"accuracy  {accuracy:.4f} ± {error:.4f} (standard error), out of fold, on {len(oof)} rows")
     print(f"wrote     {submission} ({len(test)} rows); figures, tables and the model in {folder}/")
-    print('next      upload it: kaggle competitions submit COMPETITION -f submission.csv -m "Transformer"')
-    print(f'          or try the model: python {Path(__file__).name} --out {folder} --predict "your text"')
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` and return the final metrics."""
     args = parse_args(argv)
     stop_signals.clear()
+    if int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
+        sys.stdout = io.StringIO()
     try:
         catch_signals(finish_batch=False)
         if args.predict is not None:
@@ -1360,11 +1388,15 @@ def main(argv: list[str] | None = None) -> dict:
         news = load_news(args)
         if args.compare_tokenizers:
             return compare_tokenizers(args, news)
-        return cross_validate(args, news, args.out)
+        metrics = cross_validate(args, news, args.out, Path("submission.csv"))
+        print('next      upload it: kaggle competitions submit COMPETITION -f submission.csv -m "Transformer"')
+        print(f'          or try the model: python {Path(__file__).name} --out {args.out} --predict "your text"')
+        return metrics
     except KeyboardInterrupt:
         number = stop_signals[0] if stop_signals else signal.SIGINT
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-        print(f"stopped   go on with: {shlex.join(['python', sys.argv[0], *words, '--resume'])}")
+        start = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"]] if "RANK" in os.environ else ["python"]
+        print(f"stopped   go on with: {shlex.join([*start, sys.argv[0], *words, '--resume'])}")
         raise SystemExit(128 + number) from None
     finally:
         if dist.is_initialized():

@@ -84,7 +84,7 @@ MAX_BYTES = 2**25  # of one image file, and of one unpacked image's pixels
 # fmt: off
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=Help)
     parser.error = fail  # a mistake is one line here as everywhere
     add = parser.add_argument_group("run").add_argument
     add("--data", type=Path, metavar="PATH", help=f"{DATA}; otherwise the one in data/ beside the script, or the "
@@ -94,7 +94,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
     add("--evaluate", type=Path, metavar="FILE", help="score the finished run's model on every image of FILE")
     add("--sample", type=positive, metavar="N", help="draw N images from the finished run's model")
-    add("--seed", type=int, default=0, help="of split, weights, batches and noise")
+    add("--seed", type=seed, default=0, help="of split, weights, batches and noise")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train")
     add("--limit", type=positive, metavar="N", help="use N random images only, for a first look")
     add = parser.add_argument_group("model and objective").add_argument
@@ -134,7 +134,15 @@ def checked(convert: Callable, holds: Callable, what: str) -> Callable:
     return parse
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names each flag's default, where it has one to name."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 positive = checked(int, lambda v: v >= 1, "a whole number from 1 up")
+seed = checked(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295")
 positive_float = checked(float, lambda v: 0 < v < math.inf, "a positive number")
 not_negative = checked(float, lambda v: 0 <= v < math.inf, "a number from 0 up")
 not_negative_int = checked(int, lambda v: v >= 0, "a whole number from 0 up")
@@ -165,12 +173,12 @@ def pick_device(name: str) -> torch.device:
     """The device called `name`; `auto` is a GPU when there is one. Under torchrun each process takes its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
+        if name == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError):
-        fail(f"--device {name}: torch finds no such device here. Use --device auto")
+        fail(f"--device {name}: torch finds no such device for this process. Use --device cpu, or fewer processes")
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -235,6 +243,8 @@ held_locks: list[int] = []  # file descriptors of locked run folders; closed whe
 
 def open_run(folder: Path, resume: bool, config: dict) -> None:
     """Make and lock the run's folder, leave config.json there; without `resume`, keep what stood there as .previous."""
+    if folder.name in ("", ".."):
+        fail(f"{folder}: a run needs a folder with a name. Name one with --out")
     try:
         for attempt in range(2):
             folder.mkdir(parents=True, exist_ok=True)
@@ -260,12 +270,15 @@ def open_run(folder: Path, resume: bool, config: dict) -> None:
 
 def describe_run(args: argparse.Namespace, hashes: dict[str, str]) -> dict:
     """What config.json says: arguments, data, versions, commit."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    try:
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=HERE, stderr=subprocess.DEVNULL, text=True)
+    except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
+        commit = ""
     return {
         "arguments": vars(args),
         "sha256": hashes,
         "seed": args.seed,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit.strip() or None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
@@ -794,8 +807,8 @@ def train(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
 
-    good = start or snapshot()
-    restore(good)
+    good = (start or {}).get("good") or start or snapshot()  # the last epoch's end
+    restore(start or good)
     per_epoch = math.ceil(len(images.train) / args.batch_size)
     bar.update(at["epoch"] * per_epoch + at["batch"])
 
@@ -847,7 +860,7 @@ def train(
             bar.update()
             bar.set_postfix_str(f"-ELBO {(at['reconstruction'] + at['kl']) / at['seen']:.1f}", refresh=False)
             if stop:
-                save(snapshot())
+                save(snapshot() | {"good": good})
                 raise KeyboardInterrupt
         else:  # the epoch ended without a break
             reconstruction, kl = at["reconstruction"] / at["seen"], at["kl"] / at["seen"]
@@ -875,8 +888,7 @@ def train(
         before, after = (evaluate(network, images.validation[:], args.seed)["kl"] for network in (average, fitted))
         if after < before:
             average = fitted
-            if rank == 0:
-                print(f"prior     fitted to the training images' codes: validation KL {before:.2f} -> {after:.2f} nats")
+            print(f"prior     fitted to the training images' codes: validation KL {before:.2f} -> {after:.2f} nats")
     return average.eval(), history
 
 
@@ -1347,6 +1359,8 @@ def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` and return the final metrics; of a sweep, by λ."""
     args = parse_args(argv)
     stop_signals.clear()
+    if int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
+        sys.stdout = io.StringIO()
     try:
         catch_signals(finish_batch=False)
         folder = args.out / f"lambda-{args.kl_weight[0]:g}"
@@ -1363,15 +1377,15 @@ def main(argv: list[str] | None = None) -> dict:
         rank = dist.get_rank() if dist.is_initialized() else 0
         if len(metrics) > 1 and rank == 0:
             compare(args, images, metrics)
-        if rank == 0:
-            words = f"--sample 100 --out {args.out} --lambda {args.kl_weight[0]:g}"
-            print(f"next      python {Path(__file__).name} {words}")
+        words = f"--sample 100 --out {args.out} --lambda {args.kl_weight[0]:g}"
+        print(f"next      python {Path(__file__).name} {words}")
         by_weight = {f"{value:g}": row for value, row in zip(args.kl_weight, metrics, strict=True)}
         return by_weight if metrics[1:] else metrics[0]
     except KeyboardInterrupt:
         number = stop_signals[0] if stop_signals else signal.SIGINT
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-        print(f"stopped   go on with: {shlex.join(['python', sys.argv[0], *words, '--resume'])}")
+        start = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"]] if "RANK" in os.environ else ["python"]
+        print(f"stopped   go on with: {shlex.join([*start, sys.argv[0], *words, '--resume'])}")
         raise SystemExit(128 + number) from None
     finally:
         if dist.is_initialized():

@@ -154,7 +154,7 @@ def accuracy(args: argparse.Namespace, news: t.News, inputs: t.Inputs) -> None:
 
 
 def speed(args: argparse.Namespace, news: t.News, inputs: t.Inputs) -> None:
-    """Texts a second of one epoch's steps, tutorial and ours in turn; the ratio of the medians."""
+    """Passes a second of one epoch's steps, tutorial and ours in turn; the ratio of the medians."""
     rows, seconds = list(range(len(news.texts))), {}
 
     def ours(r_drop: float) -> None:

@@ -93,7 +93,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     otherwise = {name: f"otherwise {alone:g}, with --holdout {held_out:g}" for name, (alone, held_out) in
                  DEFAULTS.items()}
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=Help)
     parser.error = fail  # a mistake is one line here as everywhere
     add = parser.add_argument_group("run").add_argument
     add("--data", type=Path, metavar="DIR", help="folder with train.txt and test.txt; otherwise data/ beside the "
@@ -107,7 +107,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--interpolate", nargs=2, metavar="VERB", help="verbs between two, in the present, with the model in --out")
     add("--compare-schedules", action="store_true", help="a run for the monotonic and one for the cyclical KL weight, "
         "and a figure of both")
-    add("--seed", type=int, default=0, help="of held-out verbs, weights, batches and noise")
+    add("--seed", type=seed, default=0, help="of held-out verbs, weights, batches and noise")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train")
     add("--limit", type=positive, metavar="N", help="train on N random verbs only, for a first look")
     add("--holdout", type=not_negative_int, default=0, metavar="N", help="leave N random verbs and those of test.txt "
@@ -154,7 +154,15 @@ def checked(convert: Callable, holds: Callable, what: str) -> Callable:
     return parse
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names each flag's default, where it has one to name."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 positive = checked(int, lambda v: v >= 1, "a whole number from 1 up")
+seed = checked(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295")
 positive_float = checked(float, lambda v: 0 < v < math.inf, "a positive number")
 not_negative = checked(float, lambda v: 0 <= v < math.inf, "a number from 0 up")
 not_negative_int = checked(int, lambda v: v >= 0, "a whole number from 0 up")
@@ -186,12 +194,12 @@ def pick_device(name: str) -> torch.device:
     """The device called `name`; `auto` is a GPU when there is one. Under torchrun each process takes its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
+        if name == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError):
-        fail(f"--device {name}: torch finds no such device here. Use --device auto")
+        fail(f"--device {name}: torch finds no such device for this process. Use --device cpu, or fewer processes")
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -256,6 +264,8 @@ held_locks: list[int] = []  # file descriptors of locked run folders; closed whe
 
 def open_run(folder: Path, resume: bool, config: dict) -> None:
     """Make and lock the run's folder, leave config.json there; without `resume`, keep what stood there as .previous."""
+    if folder.name in ("", ".."):
+        fail(f"{folder}: a run needs a folder with a name. Name one with --out")
     try:
         for attempt in range(2):
             folder.mkdir(parents=True, exist_ok=True)
@@ -281,12 +291,15 @@ def open_run(folder: Path, resume: bool, config: dict) -> None:
 
 def describe_run(args: argparse.Namespace, hashes: dict[str, str]) -> dict:
     """What config.json says: arguments, data, versions, commit."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    try:
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=HERE, stderr=subprocess.DEVNULL, text=True)
+    except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
+        commit = ""
     return {
         "arguments": vars(args),
         "sha256": hashes,
         "seed": args.seed,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit.strip() or None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
@@ -643,8 +656,8 @@ def train(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
 
-    good = start or snapshot()
-    restore(good)
+    good = (start or {}).get("good") or start or snapshot()  # the last epoch's end
+    restore(start or good)
     known = set(verbs.train)
     forms = verb_tensor(verbs.train)  # (N, 4, T)
     per_epoch = math.ceil(len(forms) / args.batch_size)
@@ -729,7 +742,7 @@ def train(
             at["batch"] += 1
             bar.update()
             if stop_signals:
-                save(snapshot())
+                save(snapshot() | {"good": good})
                 raise KeyboardInterrupt
         else:  # the epoch ended without a break
             reconstruction, kl = at["reconstruction"] / at["seen"], at["kl"] / at["seen"]

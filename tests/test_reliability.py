@@ -1,5 +1,6 @@
 """Nothing lost: killed while it writes, out of room, unreadable files, two at once, two processes, the same answer."""
 
+import argparse
 import functools
 import json
 import os
@@ -231,6 +232,35 @@ def test_a_signal_between_batches_ends_it_at_once(script, monkeypatch, capsys):
 # several processes ----------------------------------------------------------------------------------------------------
 
 
+@each_script
+def test_stopped_and_then_not_finite(script, monkeypatch):
+    """Both a run that was stopped within an epoch and one that was not go back to the epoch's beginning."""
+    clip, metrics = torch.nn.utils.clip_grad_norm_, []
+    for out in ("straight", "stopped"):
+        norms = []
+
+        def spoilt(*args, out=out, norms=norms):
+            if out == "stopped" and not norms:
+                os.kill(os.getpid(), signal.SIGINT)
+            norms.append(clip(*args) * (float("nan") if len(norms) == 2 else 1))
+            return norms[-1]
+
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoilt)
+        words = ["--out", out, "--batch-size", "8"]
+        if out == "stopped":
+            with pytest.raises(SystemExit):
+                run(script, *words)
+            assert len(norms) <= 2
+        metrics.append(run(script, *words, "--resume"))
+    assert metrics[0] == metrics[1]
+
+
+@each_script
+def test_no_git(script, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert script.describe_run(argparse.Namespace(seed=0), {})["commit"] is None
+
+
 FIRST_GRADIENTS = """
 import os, sys
 sys.path[:0] = [{tests!r}]
@@ -287,7 +317,7 @@ def test_one_process_killed(script, victim):
     more = ["--epochs", "100" if script is transformer else "60"]
     whole = spread(path_of(script), script, *more, "--out", "whole")
     output, _ = whole.communicate(timeout=100)
-    assert whole.returncode == 0 and output.count("wrote ") == 1  # one of the two writes
+    assert whole.returncode == 0 and output.count("data ") == output.count("wrote ") == 1  # one of the two speaks
     cut = spread(path_of(script), script, *more, "--out", "cut")
     checkpoint, end = folder_of(script, "cut") / "checkpoint.pt", time.monotonic() + 60
     while not checkpoint.exists() and time.monotonic() < end:

@@ -142,6 +142,7 @@ def test_split_text_tells_column_and_shape():
     )
     assert tokens == title + rest
     assert t.split_text("a b", 2, str.split) == [("a", 1, 0), ("b", 1, 0)] and t.split_text("\t", 2, str.split) == []
+    assert t.split_text("北京 Ñandú", 2, str.split) == [("北京", 1, 0), ("Ñandú", 1, 0)]  # letters without capitals
     encoded = t.encode([[t.Token("b", 1, 2), t.Token("x", 2, 0), t.Token("a", 2, 0)], []], {"a": 2, "b": 3}, 2)
     assert [text.tolist() for text in encoded] == [[[3, 1, 2], [t.UNK, 2, 0]], [[t.UNK, 1, 0]]]
 
@@ -285,7 +286,7 @@ def test_overfits_32_texts(here):
     model = t.build_model(state)
     with t.tqdm(disable=True) as bar:
         history = t.train_member(model, inputs, news.labels, list(range(32)), args, (0,), None, lambda state: None, bar)
-    assert history[-1]["accuracy"] == 1.0 and history[-1]["loss"] < 0.05
+    assert history[-1]["accuracy"] == 1.0 and history[-1]["cross_entropy"] < 0.05
 
 
 # runs ----------------------------------------------------------------------------------------------------------------
@@ -325,6 +326,8 @@ def test_run_leaves_what_it_promises(here, capsys):
     lines = t.main(["--predict", "lines.txt"])
     assert first["labels"][0] == lines["labels"][0] and len(lines["labels"]) == 2
     assert capsys.readouterr().out.startswith(first["labels"][0] + "\t")
+    Path("lines.txt").write_text("The striker scored twice in the final", encoding="utf-8-sig")
+    assert t.main(["--predict", "lines.txt"])["confidence"][0] == pytest.approx(first["confidence"][0])
     told = [
         t.main(["--predict", text])["confidence"]
         for text in ("Oil prices\tfell on Monday", "Oil prices fell on Monday")
@@ -359,6 +362,48 @@ def test_resume_equals_no_interruption(here, monkeypatch, capsys, steps):
     assert without_seconds(run(*words, "--out", "other", "--resume")) == without_seconds(whole)
     assert Path("submission.csv").read_bytes() == submission
     assert len(rows_of("other/history.csv")) == 1 + 2 * 2 * 2
+
+
+def interrupted(monkeypatch, step, *words):
+    """A run that Ctrl-C stops in this step."""
+    rate, count = t.learning_rate, iter(range(10_000))
+
+    def learning_rate(*args):
+        if next(count) == 2 * step:  # called for each of two parameter groups
+            os.kill(os.getpid(), signal.SIGINT)
+        return rate(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(t, "learning_rate", learning_rate)
+        run(*words)
+
+
+def test_resume_refuses_other_vectors(here, monkeypatch, capsys):
+    interrupted(monkeypatch, 1)
+    Path("data/glove.tiny.txt").write_text("the " + "1 2 3 4 " * 8 + "\nof " + "4 3 2 1 " * 8 + "\n")  # as wide as LSA
+    with pytest.raises(SystemExit):
+        run("--resume")
+    assert "trained with other word vectors" in capsys.readouterr().err
+
+
+def test_metrics_without_a_checkpoint_are_no_finished_run(here, monkeypatch):
+    metrics = run()
+    Path("runs/transformer/checkpoint.pt").unlink()
+    interrupted(monkeypatch, 1, "--seed", "1")
+    assert without_seconds(run("--seed", "1", "--resume")) != without_seconds(metrics)
+
+
+def test_dollars_are_no_formulas(here):
+    words = ["$_$", "up", "$5%$6", "${$", "US$1^$2"]
+    t.plot_attention(Path("a.png"), words, torch.full((2, 5, 5), 0.2), "from $1_ to $2^")
+    t.plot_confusion(Path("c.png"), torch.arange(2), torch.arange(2), ["$_$", "$^$"])
+    frame = {"oof_accuracy": [0.5], "tokenizer": ["nltk"], "oof_accuracy_se": [0.1]}
+    t.plot_tokenizers(Path("t.png"), frame, {"nltk": words})
+
+
+def test_dropout_near_one_keeps_something():
+    kept = t.Dropout(0.999).train()(torch.ones(100_000))
+    assert 0 < kept.count_nonzero() < 1000 and kept.mean().item() == pytest.approx(1, abs=0.3)
 
 
 def test_resume_with_nothing_saved_starts(here):
@@ -411,6 +456,7 @@ def test_texts_of_few_words(here):
 
 def test_texts_that_would_take_an_hour_to_clean():
     assert t.clean_text("&#" + "1" * 5000) == "" and t.clean_text("&#38;") == "&"
+    assert t.clean_text("&amp;#" + "1" * 5000) == "" and len(t.clean_text("&&#12345678#" + "1" * 5000)) < 6000
     assert len(t.clean_text("<a" * 100_000)) == 200_000
 
 
@@ -449,7 +495,10 @@ def test_vectors_are_found_and_read(here, header, capsys):
 
 
 def test_compare_tokenizers(here):
+    Path("submission.csv").write_text("mine")
     table = run("--compare-tokenizers")
+    assert Path("submission.csv").read_text() == "mine"
+    assert rows_of("runs/transformer/tokenizers/nltk/submission.csv")[0] == ["Id", "Category"]
     assert list(table) == list(t.TOKENIZERS) and Path("runs/transformer/tokenizers/tokenizers.png").exists()
     assert [row[0] for row in rows_of("runs/transformer/tokenizers/tokenizers.csv")] == ["tokenizer", *t.TOKENIZERS]
 
@@ -561,7 +610,13 @@ BAD = {
     "truncated": (truncated_checkpoint, ["--out", "out", "--resume"], r"not a checkpoint that can be read"),
     "foreign": (foreign_checkpoint, ["--out", "out", "--resume"], r"not a checkpoint of transformer"),
     "evil pickle": (evil_checkpoint, ["--out", "out", "--resume"], r"not a checkpoint that can be read"),
-    "nothing to predict with": (lambda: None, ["--out", "out", "--predict", "x"], r"not a checkpoint"),
+    "nothing to predict with": (lambda: None, ["--out", "out", "--predict", "x"], r"out: no run there\. Train first"),
+    "unreadable texts": (trained_elsewhere, ["--out", "out", "--predict", "/proc/self/mem"], r"--predict /proc"),
+    "out has no name": (lambda: None, ["--out", "."], r"a run needs a folder with a name"),
+    "negative seed": (lambda: None, ["--seed", "-1"], r"argument --seed: '-1' is not a whole number from 0"),
+    "large seed": (lambda: None, ["--seed", "5000000000"], r"argument --seed: '5000000000' is not a whole number"),
+    "small limit": (lambda: None, ["--limit", "5"], r"folds need one each\. Raise --limit, or lower --folds"),
+    "vectors in a column": (text("v.vec", b"the\nof\n"), [], r"v.vec: line 1 is not a word and its numbers"),
     "out is a file": (lambda: Path("out").touch(), ["--out", "out"], r"out: cannot be written"),
     "out is below a file": (lambda: Path("out").touch(), ["--out", "out/x"], r"out/x: cannot be written"),
     "out holds other files": (lambda: None, ["--out", "data"], r"data: holds files that no run left"),

@@ -85,8 +85,8 @@ def test_helpers_are_the_same_in_every_script(twins, script):
     source = (ROOT / script).read_text(encoding="utf-8")
     assert shared_part(source) == shared_part(twins[0])
     ours, theirs = dict(pieces(source)), dict(pieces(twins[0]))
-    for name in ("checked", "positive", "positive_float", "not_negative", "not_negative_int", "learning_rate",
-                 "share_gradients", "reparameterize", "new_figure", "save_figure"):  # fmt: skip
+    for name in ("checked", "Help", "positive", "seed", "positive_float", "not_negative", "not_negative_int",
+                 "learning_rate", "share_gradients", "reparameterize", "new_figure", "save_figure"):  # fmt: skip
         if name in ours:
             assert ours[name] == theirs[name], name
     assert {"checked", "learning_rate", "new_figure", "save_figure"} <= set(ours)
