@@ -1031,7 +1031,7 @@ def plot_learning_curve(path: Path, history: list[dict], accuracy: float, error:
         panel.plot([], [], color="tab:blue", label=f"training, {len(curves)} models")
         panel.set_xlabel("epoch")
         panel.xaxis.get_major_locator().set_params(integer=True)
-    left.set_ylabel("cross-entropy, smoothed labels (nats per text)")
+    left.set_ylabel("cross-entropy, smoothed labels (nats)", fontsize=9)
     right.set_ylabel("accuracy")
     right.axhline(accuracy, color="tab:red", label=f"out of fold {accuracy:.4f} ± {error:.4f}")
     right.axhspan(accuracy - error, accuracy + error, color="tab:red", alpha=0.15, linewidth=0)
