@@ -156,7 +156,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Names each flag's default, where it has one to name."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 positive = checked(int, lambda v: v >= 1, "a whole number from 1 up")
@@ -274,7 +274,7 @@ def open_run(folder: Path, resume: bool, config: dict) -> None:
             names = {path.name for path in folder.iterdir() if path.is_file()}
             if names and "config.json" not in names:
                 fail(f"{folder}: holds files that no run left there. Name another folder with --out")
-            if resume or attempt or "checkpoint.pt" not in names:
+            if resume or attempt or names <= {"config.json"}:
                 break
             previous = folder.with_name(folder.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)
@@ -311,9 +311,9 @@ def load_checkpoint(path: Path, script: str, settings: dict) -> dict:
                 raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes lead it into
-        fail(f"{path}: not a checkpoint that can be read ({type(error).__name__}). Train again without --resume")
+        fail(f"{path}: not a checkpoint that can be read ({type(error).__name__}). Move it away, or give another --out")
     if not isinstance(state, dict) or state.get("script") != script or not isinstance(state.get("settings"), dict):
-        fail(f"{path}: not a checkpoint of {script}. Train again without --resume")
+        fail(f"{path}: not a checkpoint of {script}. Move it away, or give another --out")
     for name, value in settings.items():
         if state["settings"].get(name) != value:
             there = state["settings"].get(name)
@@ -1377,6 +1377,8 @@ def leave_results(
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` and return the final metrics."""
+    if hasattr(sys.stdout, "reconfigure"):  # a ± is no reason to stop where the terminal or the log file has none
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parse_args(argv)
     stop_signals.clear()
     if int(os.environ.get("RANK", 0)):  # of several processes the first one speaks

@@ -87,8 +87,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                                      formatter_class=Help)
     parser.error = fail  # a mistake is one line here as everywhere
     add = parser.add_argument_group("run").add_argument
-    add("--data", type=Path, metavar="PATH", help=f"{DATA}; otherwise the one in data/ beside the script, or the "
-        "bundled data/sample/")
+    add("--data", type=Path, metavar="PATH", help=f"{DATA}, or of faces a folder of images; otherwise the file in "
+        "data/ beside the script, or the bundled data/sample/")
     add("--out", type=Path, metavar="DIR", default=Path("runs") / SCRIPT, help="folder for what a run leaves, with one "
         "folder a λ inside")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
@@ -113,8 +113,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--iwae", type=positive, default=64, metavar="K", help="samples an image for the importance-weighted bound")
     add("--iwae-images", type=positive, default=100, metavar="N", help="test images that the bound is averaged over")
     args = parser.parse_args(argv)
-    if len(set(args.kl_weight)) < len(args.kl_weight):
-        fail(f"--lambda {' '.join(f'{value:g}' for value in args.kl_weight)}: a value stands there twice")
+    names = [f"{value:g}" for value in args.kl_weight]  # the folders': six digits
+    if len(set(names)) < len(names):
+        fail(f"--lambda {' '.join(names)}: a value stands there twice")
+    if (args.evaluate is not None) + (args.sample is not None) + (len(names) > 1) > 1:
+        fail("give only one of --evaluate, --sample and several --lambda")
     return args
 # fmt: on
 
@@ -138,7 +141,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Names each flag's default, where it has one to name."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 positive = checked(int, lambda v: v >= 1, "a whole number from 1 up")
@@ -256,7 +259,7 @@ def open_run(folder: Path, resume: bool, config: dict) -> None:
             names = {path.name for path in folder.iterdir() if path.is_file()}
             if names and "config.json" not in names:
                 fail(f"{folder}: holds files that no run left there. Name another folder with --out")
-            if resume or attempt or "checkpoint.pt" not in names:
+            if resume or attempt or names <= {"config.json"}:
                 break
             previous = folder.with_name(folder.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)
@@ -293,9 +296,9 @@ def load_checkpoint(path: Path, script: str, settings: dict) -> dict:
                 raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes lead it into
-        fail(f"{path}: not a checkpoint that can be read ({type(error).__name__}). Train again without --resume")
+        fail(f"{path}: not a checkpoint that can be read ({type(error).__name__}). Move it away, or give another --out")
     if not isinstance(state, dict) or state.get("script") != script or not isinstance(state.get("settings"), dict):
-        fail(f"{path}: not a checkpoint of {script}. Train again without --resume")
+        fail(f"{path}: not a checkpoint of {script}. Move it away, or give another --out")
     for name, value in settings.items():
         if state["settings"].get(name) != value:
             there = state["settings"].get(name)
@@ -378,14 +381,15 @@ def load_images(path: Path, out: Path) -> tuple[Images, str]:
         return name.lower().endswith((".png", ".jpg", ".jpeg")) and not name.startswith("__MACOSX/")
 
     def read(name: str) -> bytes:
-        return (path / name).read_bytes() if path.is_dir() else archive.open(name).read(MAX_BYTES)
+        with open(path / name, "rb") if path.is_dir() else archive.open(name) as file:
+            return file.read(MAX_BYTES)
 
     digest = hashlib.sha256()
     try:
         if path.is_dir():
-            names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if is_image(file.name))
+            names = sorted(filter(is_image, (str(file.relative_to(path)) for file in path.rglob("*"))))
             for name in names:
-                digest.update(name.encode())
+                digest.update(os.fsencode(name))
                 with contextlib.suppress(OSError):
                     digest.update(read(name))
         else:
@@ -406,6 +410,8 @@ def load_images(path: Path, out: Path) -> tuple[Images, str]:
             with Image.open(io.BytesIO(read(name)), formats=("PNG", "JPEG")) as image:
                 if image.width * image.height * 4 > MAX_BYTES:
                     raise ValueError(f"{image.width} by {image.height} pixels")
+                if image.mode.startswith("I"):  # of 65,536 greys Pillow's convert makes all from 255 up white
+                    raise ValueError(f"16 bits a pixel, mode {image.mode}")
                 pixels = np.asarray(image.convert("RGB"))  # (H, W, 3)
                 other_size = pixels.shape[:2] != SHAPE[1:]
                 return resize([pixels])[0] if other_size else pixels, image.mode != "RGB", other_size
@@ -428,12 +434,10 @@ def load_images(path: Path, out: Path) -> tuple[Images, str]:
                   f"{min(unreadable)}")  # fmt: skip
         if not kept:
             fail(f"{path}: none of its {len(names)} images can be read. Give a zip or a folder of PNG or JPEG images")
-        for count, what in (
-            (converted, "are not RGB and are converted"),
-            (resized, f"are not {SHAPE[1:]} and are resized"),
-        ):
-            if count:
-                print(f"warning   {path}: {count} images {what}")
+        if converted:
+            print(f"warning   {path}: {converted} images are not RGB and are converted")
+        if resized:
+            print(f"warning   {path}: {resized} images are not {SHAPE[1:]} and are resized")
 
     sha256 = digest.hexdigest()
     return keep_images(out / f"images-{sha256[:16]}.bin", decode_all), sha256
@@ -630,7 +634,7 @@ class VAE(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-BITS_OFFSET = 8.0  # a density over [0, 1] becomes one over 256 levels
+BITS_OFFSET = 8.0  # log2 256, as is custom; 255 steps lie between the levels, so exactly it is .006 less
 
 
 def log_prob(params: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -787,7 +791,7 @@ def train(
     that is not finite goes back to the last epoch's end at half the learning rate, three times at most.
     """
     device = model.prior_mean.device
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = start_processes(device)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learned, lr=args.lr, betas=(0.9, 0.99), fused=device.type != "mps")
     average = copy.deepcopy(model)  # of the weights over the last thousand steps: what is scored and kept
@@ -865,6 +869,8 @@ def train(
         else:  # the epoch ended without a break
             reconstruction, kl = at["reconstruction"] / at["seen"], at["kl"] / at["seen"]
             held_out = evaluate(average, images.validation[:], args.seed)
+            if not math.isfinite(held_out["neg_elbo"] + reconstruction + kl):
+                fail(f"-ELBO {held_out['neg_elbo']:g} on validation images after epoch {at['epoch'] + 1}. Lower --lr")
             annealed = annealed_weight((at["epoch"] + 1) * per_epoch - 1)
             history.append(
                 {
@@ -926,7 +932,7 @@ def evaluate(model: VAE, images: torch.Tensor, seed: int) -> dict:
         "reconstruction": reconstruction / count,
         "kl": kl / count,
         "bits_per_dim": (reconstruction + kl) / (count * math.prod(SHAPE) * math.log(2)) + BITS_OFFSET,
-        "psnr_db": -10 * math.log10(error / (count * math.prod(SHAPE))),
+        "psnr_db": -10 * math.log10(max(error, 1e-9) / (count * math.prod(SHAPE))),
         "mu": mu,
         "logvar": logvar,
         "reconstructed": torch.cat(reconstructed),
@@ -1012,8 +1018,8 @@ def plot_learning_curve(path: Path, history: list[dict], kl_weight: float) -> No
     epochs = [row["epoch"] for row in history]
     names = {"loss": f"reconstruction + λ KL, λ = {kl_weight:g}", "reconstruction": "-log p(x|z)", "kl": "KL"}
     for panel, (key, name) in zip(figure.subplots(1, 3), names.items(), strict=True):
-        panel.plot(epochs, [row[f"train_{key}"] for row in history], label="training")
-        panel.plot(epochs, [row[f"validation_{key}"] for row in history], label="validation")
+        panel.plot(epochs, [row[f"train_{key}"] for row in history], ".-", label="training")
+        panel.plot(epochs, [row[f"validation_{key}"] for row in history], ".-", label="validation")
         late = [row[f"{part}_{key}"] for row in history[len(history) // 20 :] for part in ("train", "validation")]
         margin = 0.05 * (max(late) - min(late)) + 1e-6
         panel.set_ylim(min(late) - margin, max(late) + margin)  # the first epochs would flatten all the others
@@ -1042,7 +1048,7 @@ def decode_mean(model: VAE, z: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def draw_samples(model: VAE, count: int, seed: int) -> torch.Tensor:
-    """The mean of p(x|z) for z from the prior, uint8 (count, C, H, W); the same z in every epoch and at every λ."""
+    """The mean of p(x|z) for z from the prior, uint8 (count, C, H, W); of the same noise in every run."""
     return decode_mean(model, sample_prior(model.prior(), count, seed_all(seed, count)))
 
 
@@ -1132,7 +1138,7 @@ def plot_sweep(
             history = list(csv.DictReader(file))
         for part in ("train", "validation"):
             curve = [float(line[f"{part}_reconstruction"]) for line in history]
-            column[6].plot(range(1, len(curve) + 1), curve, label=part)
+            column[6].plot(range(1, len(curve) + 1), curve, ".-", label=part)
         column[6].set_xlabel("epoch", fontsize=8)
         column[6].set_ylabel("-log p(x|z) (nats)", fontsize=8)
         column[6].legend(fontsize=7)
@@ -1186,7 +1192,9 @@ def evaluate_file(args: argparse.Namespace, folder: Path) -> dict:
     images = load_images(args.evaluate, args.out)[0][:]
     scores = evaluate(model, images, settings["seed"])
     metrics = {key: scores[key] for key in ("neg_elbo", "reconstruction", "kl", "bits_per_dim", "psnr_db")}
-    metrics |= score_posterior(model, images, scores, args)
+    order = torch.randperm(len(images), generator=seed_all(args.seed))  # a file may be sorted by class
+    mixed = {key: scores[key][order] for key in ("mu", "logvar")}
+    metrics |= score_posterior(model, images[order], mixed, args)
     del metrics["kl_per_dimension"]
     metrics |= {"latent_dim": settings["latent_dim"], "parameters": count_parameters(model), "images": len(images),
                 "seconds": time.monotonic() - begin}  # fmt: skip
@@ -1219,7 +1227,7 @@ def score_posterior(model: VAE, images: torch.Tensor, scores: dict, args: argpar
 
 
 def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def channels_last_array(images: torch.Tensor) -> np.ndarray:
@@ -1244,7 +1252,7 @@ def run(args: argparse.Namespace, images: Split, sha256: str, kl_weight: float) 
     """Train at one λ, score the test images, and leave everything in <out>/lambda-<λ>/."""
     begin = time.monotonic()
     device = pick_device(args.device)
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank, world = start_processes(device)
     folder = args.out / f"lambda-{kl_weight:g}"
     kept = ("warmup", "prior", "latent_dim", "epochs", "batch_size", "lr", "seed", "limit")
     settings = {name: getattr(args, name) for name in kept} | {"lambda": kl_weight, "sha256": sha256}
@@ -1252,16 +1260,19 @@ def run(args: argparse.Namespace, images: Split, sha256: str, kl_weight: float) 
     sweep = len(args.kl_weight) > 1
     state = None
     if checkpoint.exists() and (args.resume or sweep):
-        state = load_checkpoint(checkpoint, SCRIPT, settings if args.resume else {})
+        state = load_checkpoint(checkpoint, SCRIPT, {} if sweep else settings)
         if state["settings"] != settings or not (args.resume or "metrics" in state):
             state = None
     if state and "metrics" in state:
-        print(f"finished  {folder} holds this run's end already")
+        metrics = state["metrics"]
+        print(f"finished  {folder} holds this run's end already, test -ELBO {metrics['neg_elbo']['test']:.2f} nats")
         if rank == 0 and not finished.exists():  # stopped between the two files
-            write_json(finished, state["metrics"])
-        return state["metrics"]
+            write_json(finished, metrics)
+        return metrics
+    if world > 1:
+        dist.barrier()  # until all have read what open_run may move away
     if rank == 0:
-        open_run(folder, args.resume, describe_run(args, {"data": sha256}))
+        open_run(folder, state is not None, describe_run(args, {"data": sha256}))
     state = state or {"script": SCRIPT, "settings": settings, "partial": None, "seconds": 0.0}
     earlier = state["seconds"]
 
@@ -1338,9 +1349,10 @@ def compare(args: argparse.Namespace, images: Split, metrics: list[dict]) -> Non
     folders = [args.out / f"lambda-{value:g}" for value in args.kl_weight]
     models = [load_finished(folder, device)[0] for folder in folders]
     columns = ("reconstruction", "kl", "neg_elbo")
+    more = ("iwae", "iwae_samples", "iwae_images", "bits_per_dim", "psnr_db", "active_units", "mutual_information",
+            "epochs")  # fmt: skip
     table = [
-        {"lambda": value, **{key: row[key]["test"] for key in columns}}
-        | {key: row[key] for key in ("iwae", "bits_per_dim", "psnr_db", "active_units", "mutual_information", "epochs")}
+        {"lambda": value, **{key: row[key]["test"] for key in columns}} | {key: row[key] for key in more}
         for value, row in zip(args.kl_weight, metrics, strict=True)
     ]
     with atomic(args.out / "sweep.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -1357,9 +1369,13 @@ def compare(args: argparse.Namespace, images: Split, metrics: list[dict]) -> Non
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` and return the final metrics; of a sweep, by λ."""
+    if hasattr(sys.stdout, "reconfigure"):  # a λ is no reason to stop where the terminal or the log file has none
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parse_args(argv)
     stop_signals.clear()
     if int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
+        if args.evaluate is not None or args.sample is not None:
+            return {}  # and does alone what needs no training
         sys.stdout = io.StringIO()
     try:
         catch_signals(finish_batch=False)
@@ -1369,16 +1385,16 @@ def main(argv: list[str] | None = None) -> dict:
         if args.sample is not None:
             return sample(args, folder)
         path = find_data(args.data)
-        print(f"data      {path}" + (f", the bundled sample. {SOURCE}" if path.parent.name == "sample" else ""))
-        start_processes(pick_device(args.device))
+        bundled = args.data is None and path.parent.name == "sample"
+        print(f"data      {path}" + (f", the bundled sample. {SOURCE}" if bundled else ""))
+        rank, _ = start_processes(pick_device(args.device))
         pixels, sha256 = load_images(path, args.out)
         images = split_images(pixels, args.seed, args.limit)
         metrics = [run(args, images, sha256, value) for value in args.kl_weight]
-        rank = dist.get_rank() if dist.is_initialized() else 0
         if len(metrics) > 1 and rank == 0:
             compare(args, images, metrics)
-        words = f"--sample 100 --out {args.out} --lambda {args.kl_weight[0]:g}"
-        print(f"next      python {Path(__file__).name} {words}")
+        words = ("--sample", "100", "--out", str(args.out), "--lambda", f"{args.kl_weight[0]:g}")
+        print(f"next      {shlex.join(['python', sys.argv[0], *words])}")
         by_weight = {f"{value:g}": row for value, row in zip(args.kl_weight, metrics, strict=True)}
         return by_weight if metrics[1:] else metrics[0]
     except KeyboardInterrupt:

@@ -84,8 +84,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                                      formatter_class=Help)
     parser.error = fail  # a mistake is one line here as everywhere
     add = parser.add_argument_group("run").add_argument
-    add("--data", type=Path, metavar="PATH", help=f"{DATA}; otherwise the one in data/ beside the script, or the "
-        "bundled data/sample/")
+    add("--data", type=Path, metavar="PATH", help=f"{DATA}, or of faces a folder of images; otherwise the file in "
+        "data/ beside the script, or the bundled data/sample/")
     add("--out", type=Path, metavar="DIR", default=Path("runs") / SCRIPT, help="folder for what a run leaves, with one "
         "folder a λ inside")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
@@ -110,8 +110,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--iwae", type=positive, default=64, metavar="K", help="samples an image for the importance-weighted bound")
     add("--iwae-images", type=positive, default=100, metavar="N", help="test images that the bound is averaged over")
     args = parser.parse_args(argv)
-    if len(set(args.kl_weight)) < len(args.kl_weight):
-        fail(f"--lambda {' '.join(f'{value:g}' for value in args.kl_weight)}: a value stands there twice")
+    names = [f"{value:g}" for value in args.kl_weight]  # the folders': six digits
+    if len(set(names)) < len(names):
+        fail(f"--lambda {' '.join(names)}: a value stands there twice")
+    if (args.evaluate is not None) + (args.sample is not None) + (len(names) > 1) > 1:
+        fail("give only one of --evaluate, --sample and several --lambda")
     return args
 # fmt: on
 
@@ -135,7 +138,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Names each flag's default, where it has one to name."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 positive = checked(int, lambda v: v >= 1, "a whole number from 1 up")
@@ -253,7 +256,7 @@ def open_run(folder: Path, resume: bool, config: dict) -> None:
             names = {path.name for path in folder.iterdir() if path.is_file()}
             if names and "config.json" not in names:
                 fail(f"{folder}: holds files that no run left there. Name another folder with --out")
-            if resume or attempt or "checkpoint.pt" not in names:
+            if resume or attempt or names <= {"config.json"}:
                 break
             previous = folder.with_name(folder.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)
@@ -290,9 +293,9 @@ def load_checkpoint(path: Path, script: str, settings: dict) -> dict:
                 raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes lead it into
-        fail(f"{path}: not a checkpoint that can be read ({type(error).__name__}). Train again without --resume")
+        fail(f"{path}: not a checkpoint that can be read ({type(error).__name__}). Move it away, or give another --out")
     if not isinstance(state, dict) or state.get("script") != script or not isinstance(state.get("settings"), dict):
-        fail(f"{path}: not a checkpoint of {script}. Train again without --resume")
+        fail(f"{path}: not a checkpoint of {script}. Move it away, or give another --out")
     for name, value in settings.items():
         if state["settings"].get(name) != value:
             there = state["settings"].get(name)
@@ -384,7 +387,7 @@ def load_images(path: Path, out: Path) -> tuple[Images, str]:
                     array = arrays[name]
                     if array.ndim == 4 and 1 in (array.shape[1], array.shape[3]):
                         array = array.squeeze(1 if array.shape[1] == 1 else 3)
-                    if array.ndim == 3 and array.dtype.kind in "uif" and len(array) and min(array.shape[1:]) >= 8:
+                    if array.ndim == 3 and array.dtype.kind in "buif" and len(array) and min(array.shape[1:]) >= 8:
                         return array
                 names = ", ".join(arrays.files)
         except Exception as error:  # numpy and zipfile raise what the bytes lead them into
@@ -395,9 +398,9 @@ def load_images(path: Path, out: Path) -> tuple[Images, str]:
         found = find_array()
         if not np.isfinite(found).all() or found.min() < 0 or found.max() > 255:
             fail(f"{path}: holds values outside 0 to 255. Give grey images as uint8")
-        if found.dtype.kind == "f" and found.max() <= 1:
+        if found.max() <= 1:
             print(f"warning   {path}: values from 0 to 1, stretched to 255")
-            found = found * 255
+            found = found * 255.0
         found = np.rint(found).astype(np.uint8)
         if found.shape[1:] != SHAPE[1:]:
             if found.shape[1] != found.shape[2]:
@@ -745,7 +748,7 @@ def train(
     that is not finite goes back to the last epoch's end at half the learning rate, three times at most.
     """
     device = model.prior_mean.device
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = start_processes(device)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learned, lr=args.lr, betas=(0.9, 0.99), fused=device.type != "mps")
     average = copy.deepcopy(model)  # of the weights over the last thousand steps: what is scored and kept
@@ -823,6 +826,8 @@ def train(
         else:  # the epoch ended without a break
             reconstruction, kl = at["reconstruction"] / at["seen"], at["kl"] / at["seen"]
             held_out = evaluate(average, images.validation[:], args.seed)
+            if not math.isfinite(held_out["neg_elbo"] + reconstruction + kl):
+                fail(f"-ELBO {held_out['neg_elbo']:g} on validation images after epoch {at['epoch'] + 1}. Lower --lr")
             annealed = annealed_weight((at["epoch"] + 1) * per_epoch - 1)
             history.append(
                 {
@@ -884,7 +889,7 @@ def evaluate(model: VAE, images: torch.Tensor, seed: int) -> dict:
         "reconstruction": reconstruction / count,
         "kl": kl / count,
         "bits_per_dim": (reconstruction + kl) / (count * math.prod(SHAPE) * math.log(2)) + BITS_OFFSET,
-        "psnr_db": -10 * math.log10(error / (count * math.prod(SHAPE))),
+        "psnr_db": -10 * math.log10(max(error, 1e-9) / (count * math.prod(SHAPE))),
         "mu": mu,
         "logvar": logvar,
         "reconstructed": torch.cat(reconstructed),
@@ -970,8 +975,8 @@ def plot_learning_curve(path: Path, history: list[dict], kl_weight: float) -> No
     epochs = [row["epoch"] for row in history]
     names = {"loss": f"reconstruction + λ KL, λ = {kl_weight:g}", "reconstruction": "-log p(x|z)", "kl": "KL"}
     for panel, (key, name) in zip(figure.subplots(1, 3), names.items(), strict=True):
-        panel.plot(epochs, [row[f"train_{key}"] for row in history], label="training")
-        panel.plot(epochs, [row[f"validation_{key}"] for row in history], label="validation")
+        panel.plot(epochs, [row[f"train_{key}"] for row in history], ".-", label="training")
+        panel.plot(epochs, [row[f"validation_{key}"] for row in history], ".-", label="validation")
         late = [row[f"{part}_{key}"] for row in history[len(history) // 20 :] for part in ("train", "validation")]
         margin = 0.05 * (max(late) - min(late)) + 1e-6
         panel.set_ylim(min(late) - margin, max(late) + margin)  # the first epochs would flatten all the others
@@ -1000,7 +1005,7 @@ def decode_mean(model: VAE, z: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def draw_samples(model: VAE, count: int, seed: int) -> torch.Tensor:
-    """The mean of p(x|z) for z from the prior, uint8 (count, C, H, W); the same z in every epoch and at every λ."""
+    """The mean of p(x|z) for z from the prior, uint8 (count, C, H, W); of the same noise in every run."""
     return decode_mean(model, sample_prior(model.prior(), count, seed_all(seed, count)))
 
 
@@ -1090,7 +1095,7 @@ def plot_sweep(
             history = list(csv.DictReader(file))
         for part in ("train", "validation"):
             curve = [float(line[f"{part}_reconstruction"]) for line in history]
-            column[6].plot(range(1, len(curve) + 1), curve, label=part)
+            column[6].plot(range(1, len(curve) + 1), curve, ".-", label=part)
         column[6].set_xlabel("epoch", fontsize=8)
         column[6].set_ylabel("-log p(x|z) (nats)", fontsize=8)
         column[6].legend(fontsize=7)
@@ -1144,7 +1149,9 @@ def evaluate_file(args: argparse.Namespace, folder: Path) -> dict:
     images = load_images(args.evaluate, args.out)[0][:]
     scores = evaluate(model, images, settings["seed"])
     metrics = {key: scores[key] for key in ("neg_elbo", "reconstruction", "kl", "bits_per_dim", "psnr_db")}
-    metrics |= score_posterior(model, images, scores, args)
+    order = torch.randperm(len(images), generator=seed_all(args.seed))  # a file may be sorted by class
+    mixed = {key: scores[key][order] for key in ("mu", "logvar")}
+    metrics |= score_posterior(model, images[order], mixed, args)
     del metrics["kl_per_dimension"]
     metrics |= {"latent_dim": settings["latent_dim"], "parameters": count_parameters(model), "images": len(images),
                 "seconds": time.monotonic() - begin}  # fmt: skip
@@ -1177,7 +1184,7 @@ def score_posterior(model: VAE, images: torch.Tensor, scores: dict, args: argpar
 
 
 def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def channels_last_array(images: torch.Tensor) -> np.ndarray:
@@ -1202,7 +1209,7 @@ def run(args: argparse.Namespace, images: Split, sha256: str, kl_weight: float) 
     """Train at one λ, score the test images, and leave everything in <out>/lambda-<λ>/."""
     begin = time.monotonic()
     device = pick_device(args.device)
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank, world = start_processes(device)
     folder = args.out / f"lambda-{kl_weight:g}"
     kept = ("warmup", "prior", "latent_dim", "epochs", "batch_size", "lr", "seed", "limit")
     settings = {name: getattr(args, name) for name in kept} | {"lambda": kl_weight, "sha256": sha256}
@@ -1210,16 +1217,19 @@ def run(args: argparse.Namespace, images: Split, sha256: str, kl_weight: float) 
     sweep = len(args.kl_weight) > 1
     state = None
     if checkpoint.exists() and (args.resume or sweep):
-        state = load_checkpoint(checkpoint, SCRIPT, settings if args.resume else {})
+        state = load_checkpoint(checkpoint, SCRIPT, {} if sweep else settings)
         if state["settings"] != settings or not (args.resume or "metrics" in state):
             state = None
     if state and "metrics" in state:
-        print(f"finished  {folder} holds this run's end already")
+        metrics = state["metrics"]
+        print(f"finished  {folder} holds this run's end already, test -ELBO {metrics['neg_elbo']['test']:.2f} nats")
         if rank == 0 and not finished.exists():  # stopped between the two files
-            write_json(finished, state["metrics"])
-        return state["metrics"]
+            write_json(finished, metrics)
+        return metrics
+    if world > 1:
+        dist.barrier()  # until all have read what open_run may move away
     if rank == 0:
-        open_run(folder, args.resume, describe_run(args, {"data": sha256}))
+        open_run(folder, state is not None, describe_run(args, {"data": sha256}))
     state = state or {"script": SCRIPT, "settings": settings, "partial": None, "seconds": 0.0}
     earlier = state["seconds"]
 
@@ -1296,9 +1306,10 @@ def compare(args: argparse.Namespace, images: Split, metrics: list[dict]) -> Non
     folders = [args.out / f"lambda-{value:g}" for value in args.kl_weight]
     models = [load_finished(folder, device)[0] for folder in folders]
     columns = ("reconstruction", "kl", "neg_elbo")
+    more = ("iwae", "iwae_samples", "iwae_images", "bits_per_dim", "psnr_db", "active_units", "mutual_information",
+            "epochs")  # fmt: skip
     table = [
-        {"lambda": value, **{key: row[key]["test"] for key in columns}}
-        | {key: row[key] for key in ("iwae", "bits_per_dim", "psnr_db", "active_units", "mutual_information", "epochs")}
+        {"lambda": value, **{key: row[key]["test"] for key in columns}} | {key: row[key] for key in more}
         for value, row in zip(args.kl_weight, metrics, strict=True)
     ]
     with atomic(args.out / "sweep.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -1315,9 +1326,13 @@ def compare(args: argparse.Namespace, images: Split, metrics: list[dict]) -> Non
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` and return the final metrics; of a sweep, by λ."""
+    if hasattr(sys.stdout, "reconfigure"):  # a λ is no reason to stop where the terminal or the log file has none
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parse_args(argv)
     stop_signals.clear()
     if int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
+        if args.evaluate is not None or args.sample is not None:
+            return {}  # and does alone what needs no training
         sys.stdout = io.StringIO()
     try:
         catch_signals(finish_batch=False)
@@ -1327,16 +1342,16 @@ def main(argv: list[str] | None = None) -> dict:
         if args.sample is not None:
             return sample(args, folder)
         path = find_data(args.data)
-        print(f"data      {path}" + (f", the bundled sample. {SOURCE}" if path.parent.name == "sample" else ""))
-        start_processes(pick_device(args.device))
+        bundled = args.data is None and path.parent.name == "sample"
+        print(f"data      {path}" + (f", the bundled sample. {SOURCE}" if bundled else ""))
+        rank, _ = start_processes(pick_device(args.device))
         pixels, sha256 = load_images(path, args.out)
         images = split_images(pixels, args.seed, args.limit)
         metrics = [run(args, images, sha256, value) for value in args.kl_weight]
-        rank = dist.get_rank() if dist.is_initialized() else 0
         if len(metrics) > 1 and rank == 0:
             compare(args, images, metrics)
-        words = f"--sample 100 --out {args.out} --lambda {args.kl_weight[0]:g}"
-        print(f"next      python {Path(__file__).name} {words}")
+        words = ("--sample", "100", "--out", str(args.out), "--lambda", f"{args.kl_weight[0]:g}")
+        print(f"next      {shlex.join(['python', sys.argv[0], *words])}")
         by_weight = {f"{value:g}": row for value, row in zip(args.kl_weight, metrics, strict=True)}
         return by_weight if metrics[1:] else metrics[0]
     except KeyboardInterrupt:

@@ -158,7 +158,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Names each flag's default, where it has one to name."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 positive = checked(int, lambda v: v >= 1, "a whole number from 1 up")
@@ -277,7 +277,7 @@ def open_run(folder: Path, resume: bool, config: dict) -> None:
             names = {path.name for path in folder.iterdir() if path.is_file()}
             if names and "config.json" not in names:
                 fail(f"{folder}: holds files that no run left there. Name another folder with --out")
-            if resume or attempt or "checkpoint.pt" not in names:
+            if resume or attempt or names <= {"config.json"}:
                 break
             previous = folder.with_name(folder.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)
@@ -314,9 +314,9 @@ def load_checkpoint(path: Path, script: str, settings: dict) -> dict:
                 raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes lead it into
-        fail(f"{path}: not a checkpoint that can be read ({type(error).__name__}). Train again without --resume")
+        fail(f"{path}: not a checkpoint that can be read ({type(error).__name__}). Move it away, or give another --out")
     if not isinstance(state, dict) or state.get("script") != script or not isinstance(state.get("settings"), dict):
-        fail(f"{path}: not a checkpoint of {script}. Train again without --resume")
+        fail(f"{path}: not a checkpoint of {script}. Move it away, or give another --out")
     for name, value in settings.items():
         if state["settings"].get(name) != value:
             there = state["settings"].get(name)
@@ -464,10 +464,13 @@ def until_end(tokens: torch.Tensor) -> torch.Tensor:
     return F.pad(tokens != END, (1, 0), value=True)[:, : tokens.shape[1]]
 
 
-def invent_verbs(verbs: list[tuple[str, ...]], count: int, generator: torch.Generator) -> list[tuple[str, ...]]:
+def invent_verbs(
+    verbs: list[tuple[str, ...]], count: int, generator: torch.Generator, unseen: frozenset[str] = frozenset()
+) -> list[tuple[str, ...]]:
     """Up to `count` verbs that are none: a verb's head, cut from the stem of its forms, before another verb's tail.
 
     abandon and flounder give abounder, abounders, aboundering, aboundered: spelling and inflection without the verb.
+    A form in `unseen` is never made: dish and tip give dip, which may be held out.
     """
     stems = [len(os.path.commonprefix(verb)) for verb in verbs]
     invented = []
@@ -480,7 +483,7 @@ def invent_verbs(verbs: list[tuple[str, ...]], count: int, generator: torch.Gene
         head = int(torch.randint(1, stems[first] + 1, (1,), generator=generator))
         tail = int(torch.randint(0, stems[second], (1,), generator=generator))
         verb = tuple(verbs[first][0][:head] + form[tail:] for form in verbs[second])
-        if max(map(len, verb)) <= MAX_LETTERS:
+        if max(map(len, verb)) <= MAX_LETTERS and unseen.isdisjoint(verb):
             invented.append(verb)
     return invented
 
@@ -651,7 +654,7 @@ def train(
     def restore(state: dict) -> None:
         state = copy.deepcopy(state)
         at.update(state["at"])
-        history[:], posteriors[:] = state["history"], state["posteriors"]
+        history[:], posteriors[:] = state["history"], [part.to(device) for part in state["posteriors"]]
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -660,6 +663,9 @@ def train(
     restore(start or good)
     known = set(verbs.train)
     forms = verb_tensor(verbs.train)  # (N, 4, T)
+    unseen = frozenset()  # what no made-up verb may be
+    if verbs.held_out:
+        unseen = unseen.union(*verbs.held_out, *(test[:2] for test in verbs.tests))
     per_epoch = math.ceil(len(forms) / args.batch_size)
     steps = args.epochs * per_epoch
     bar.update(at["epoch"] * per_epoch + at["batch"])
@@ -683,7 +689,9 @@ def train(
             chosen = forms[batch]
             if args.invented:
                 count = math.ceil(args.invented * len(batch))
-                chosen = verb_tensor([verbs.train[row] for row in batch] + invent_verbs(verbs.train, count, generator))
+                chosen = verb_tensor(
+                    [verbs.train[row] for row in batch] + invent_verbs(verbs.train, count, generator, unseen)
+                )
             count = len(chosen)
             chosen = chosen[:, :, : (chosen != END).sum(2).max() + 1]  # (B, 4, T)
             rows = torch.arange(count)
@@ -757,7 +765,7 @@ def train(
                     "kl_weight": weight,
                     "teacher_forcing": ratio,
                     "bleu4": test_bleu4(verbs.tests, convert_tests(average, verbs.tests)),
-                    "gaussian_score": sum(verb in known for verb in drawn) / len(drawn),
+                    "gaussian_score": score_generated(drawn, known)[0],
                 }
             )
             bar.set_postfix_str(f"BLEU-4 {history[-1]['bleu4']:.2f}, Gaussian {history[-1]['gaussian_score']:.2f}")
@@ -887,16 +895,6 @@ def plot_history(path: Path, histories: dict[str, list[dict]]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def build_model(state: dict, key: str = "average") -> CVAE:
-    """The network that a checkpoint describes, with the weights that it holds under `key`."""
-    model = CVAE(state["settings"]["latent_dim"], state["settings"]["hidden_dim"])
-    try:
-        model.load_state_dict(state[key])
-    except RuntimeError:
-        fail("the checkpoint was trained by another version of cvae.py. Train again without --resume")
-    return model.eval()
-
-
 def load_finished(folder: Path) -> CVAE:
     """The model of the finished run in `folder`."""
     path = folder / "checkpoint.pt"
@@ -905,7 +903,12 @@ def load_finished(folder: Path) -> CVAE:
     state = load_checkpoint(path, "cvae", {})
     if "average" not in state:
         fail(f"{folder}: its run is not finished. Go on with it: --resume")
-    return build_model(state)
+    try:
+        model = CVAE(state["settings"]["latent_dim"], state["settings"]["hidden_dim"])
+        model.load_state_dict(state["average"])
+    except (KeyError, RuntimeError):
+        fail(f"{path}: trained by another version of cvae.py. Train again without --resume")
+    return model.eval()
 
 
 def write_table(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
@@ -922,7 +925,7 @@ def between(model: CVAE, first: str, last: str, steps: int = 9) -> list[tuple[st
 def use_finished(args: argparse.Namespace) -> dict:
     """What --convert, --generate and --interpolate print."""
     model = load_finished(args.out)
-    if args.convert:
+    if args.convert is not None:
         source, target = TENSES.index(args.from_tense), TENSES.index(args.to_tense)
         [word] = convert(model, [check_word(args.convert, "--convert")], [source], [target])
         print(f"{args.convert} ({args.from_tense}) -> {word} ({args.to_tense})")
@@ -979,6 +982,7 @@ def leave_results(
     hundred = generate(model, 100, args.seed)
     large, distinct = score_generated(drawn, known)
     exact, bleu = score_held_out(model, verbs.held_out) if verbs.held_out else (None, None)
+    trained = sum(any({*test[:2]} <= set(verb) for verb in verbs.train) for test in verbs.tests)
     last = history[-1]
     metrics = {
         "bleu4": test_bleu4(verbs.tests, predictions),
@@ -988,7 +992,7 @@ def leave_results(
         "heldout_exact": exact,
         "heldout_bleu4": bleu,
         "heldout_verbs": len(verbs.held_out),
-        "test_verbs_trained_on": not verbs.held_out,
+        "test_verbs_trained_on": trained,
         "reconstruction": last["reconstruction"],
         "kl": last["kl"],
         "verbs": len(verbs.train),
@@ -1017,8 +1021,7 @@ def leave_results(
         print(f"{source:16} {tenses:29} {target:16} {word:16}" + ("" if word == target else " wrong"))
     print("from N(0, I):    " + "; ".join(" ".join(verb) + ("" if verb in known else " (no training line)")
                                          for verb in hundred[:4]))  # fmt: skip
-    where = "verbs left out of training" if verbs.held_out else "training verbs, so this is memory"
-    print(f"BLEU-4    {metrics['bleu4']:.3f} over {len(table)} conversions of {where}")
+    print(f"BLEU-4    {metrics['bleu4']:.3f} over {len(table)} conversions, {trained} of training verbs and so memory")
     print(f"Gaussian  {metrics['gaussian_score']:.2f} of 100 draws and {large:.4f} of 10,000 are a training line; "
           f"{distinct:.1f} different ones in 100")  # fmt: skip
     if verbs.held_out:
@@ -1030,26 +1033,28 @@ def leave_results(
 
 
 def compare_schedules(args: argparse.Namespace, verbs: Verbs) -> dict:
-    """A run for the monotonic and one for the cyclical KL weight in <out>/<schedule>/, and schedules.png of both."""
-    histories, metrics = {}, {}
+    """A run for the monotonic and one for the cyclical KL weight in <out>/schedules/<schedule>/, and a figure."""
+    histories, metrics, folder = {}, {}, args.out / "schedules"
     for schedule in SCHEDULES[:2]:
         print(f"\n{schedule}")
         own = argparse.Namespace(**vars(args) | {"kl_schedule": schedule})
-        metrics[schedule] = run(own, verbs, args.out / schedule)
-        with open(args.out / schedule / "history.csv", encoding="utf-8") as file:
+        metrics[schedule] = run(own, verbs, folder / schedule)
+        with open(folder / schedule / "history.csv", encoding="utf-8") as file:
             histories[schedule] = [{key: float(v) for key, v in row.items()} for row in csv.DictReader(file)]
-    plot_history(args.out / "schedules.png", histories)
-    print(f"\nwrote     {args.out}/schedules.png")
+    plot_history(folder / "schedules.png", histories)
+    print(f"\nwrote     {folder}/schedules.png")
     return metrics
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` and return the final metrics; with --compare-schedules, by schedule."""
+    if hasattr(sys.stdout, "reconfigure"):  # a ± is no reason to stop where the terminal or the log file has none
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parse_args(argv)
     stop_signals.clear()
     try:
         catch_signals(finish_batch=False)
-        if args.convert or args.generate or args.interpolate:
+        if args.convert is not None or args.generate or args.interpolate:
             return use_finished(args)
         folder = find_data(args.data)
         print(f"data      {folder}" + (f", the bundled sample. {SOURCE}" if folder.name == "sample" else ""))
@@ -1057,7 +1062,8 @@ def main(argv: list[str] | None = None) -> dict:
         if args.compare_schedules:
             return compare_schedules(args, verbs)
         metrics = run(args, verbs, args.out)
-        print(f"next      python {sys.argv[0]} --convert {verbs.train[0][0]} --to past --out {args.out}")
+        words = ["python", sys.argv[0], "--convert", verbs.train[0][0], "--to", "past", "--out", str(args.out)]
+        print(f"next      {shlex.join(words)}")
         return metrics
     except KeyboardInterrupt:
         number = stop_signals[0] if stop_signals else signal.SIGINT

@@ -8,11 +8,13 @@ report.typ reads its numbers and pictures from the runs by itself; a section who
 """
 
 import argparse
+import hashlib
 import io
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,21 +88,32 @@ def plan(runs: Path, data: Path | None, quick: bool) -> list[Step]:
     steps.append(step("cvae", "lab4/cvae.py", verbs))
     steps.append(step("cvae_holdout", "lab4/cvae.py", ["--holdout", "20" if quick else "100", *verbs]))
     fewer = verbs or ["--epochs", "60"]
-    steps.append(step("cvae_schedules", "lab4/cvae.py", ["--compare-schedules", *fewer], done="schedules.png"))
+    steps.append(
+        step("cvae_schedules", "lab4/cvae.py", ["--compare-schedules", *fewer], done="schedules/schedules.png")
+    )
     return steps
 
 
 def run_missing(steps: list[Step], runs: Path) -> None:
     """Run each step whose result is not there. Each has its own folder to stand in, where submission.csv falls."""
     missing = [step for step in steps if not step.done.exists()]
+    handler = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the run as well, which saves and ends
     for step in tqdm(missing, "runs", disable=None):
         where = runs / "cwd" / step.key
         where.mkdir(parents=True, exist_ok=True)
-        print(f"\nrun       {shlex.join(step.command)}")
-        if subprocess.run(step.command, cwd=where, check=False).returncode:
+        print(f"\nrun       {shlex.join(step.command)}", flush=True)
+        if step.key == "measured":  # as the transformer's run did, it reads --data from where the user stands
+            code = subprocess.run(step.command, check=False).returncode
+        else:
+            code = subprocess.run([*step.command, "--resume"], cwd=where, check=False).returncode
+        if code in (130, 143):
+            print("stopped   the same command goes on from there")
+            raise SystemExit(code)
+        if code:
             fail("that command failed; its lines above say why. Mend it, then run this again: finished runs are kept")
         if step.key == "transformer":
             print(f"kept      {where / 'submission.csv'}, to upload")
+    signal.signal(signal.SIGINT, handler)
 
 
 def read_runs(steps: list[Step]) -> dict:
@@ -115,7 +128,25 @@ def read_runs(steps: list[Step]) -> dict:
         [step] = [step for step in steps if step.key == ablation_key(name)]
         if step.done.exists():
             ablation.append({"name": name, "flags": " ".join(flags), **json.loads(step.done.read_text())})
-    return {"missing": {step.key: shown(step) for step in steps if not step.done.exists()}, "ablation": ablation}
+    if ablation and ablation[0]["name"] != "as it is":
+        ablation = []  # nothing to compare with
+    missing = {step.key: shown(step) for step in steps if not step.done.exists()}
+    return {"missing": missing, "ablation": ablation, "partial": partial_runs(steps)}
+
+
+def partial_runs(steps: list[Step]) -> dict[str, str]:
+    """The runs that do not stand for the homework's data, and why: the bundled sample, or --limit."""
+    sample = {hashlib.sha256(path.read_bytes()).hexdigest() for path in (ROOT / "data" / "sample").glob("*")}
+    found = {}
+    for step in steps:
+        path = next(iter(sorted(step.done.parent.rglob("config.json"))), None) if step.done.exists() else None
+        if path:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            reasons = ["on the bundled sample"] if sample & set(config["sha256"].values()) else []
+            reasons += [f"--limit {config['arguments']['limit']}"] if config["arguments"]["limit"] else []
+            if reasons:
+                found[step.key] = ", ".join(reasons)
+    return found
 
 
 def typeset(runs: Path, about: dict, student_id: str) -> bytes:
@@ -169,8 +200,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, metavar="DIR", default=Path("."), help="where report.pdf and the zip go (default: here)")
     add("--force", action="store_true", help="replace an existing zip")
     args = parser.parse_args(argv)
-    if not (args.student_id.isascii() and args.student_id.isalnum()):
-        fail(f"--student-id {args.student_id!r}: give letters and digits only, as in 0123456")
+    if not (args.student_id.isascii() and args.student_id.isalnum() and len(args.student_id) <= 32):
+        fail(f"--student-id {args.student_id[:40]!r}: give letters and digits only, 32 at most, as in 0123456")
+    if args.quick and args.data:
+        fail("--quick runs on the bundled sample. Leave out --quick or --data")
     archive = args.out / f"hw2_{args.student_id}.zip"
     if archive.exists() and not args.force:
         fail(f"{archive}: exists already. Replace it with --force, or name another folder with --out")
@@ -178,13 +211,18 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"--out {args.out}: no such folder. Make it first")
     runs = (args.runs / "quick" if args.quick else args.runs).resolve()
     data = ROOT / "data" / "sample" if args.quick else args.data.resolve() if args.data else None
-    runs.mkdir(parents=True, exist_ok=True)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--runs {args.runs}: {error.strerror}. Name another folder")
     steps = plan(runs, data, args.quick)
     if args.run or args.quick:
         run_missing(steps, runs)
     about = read_runs(steps)
     for key, command in about["missing"].items():
         print(f"missing   {key}: {command}")
+    for key, reason in about["partial"].items():
+        print(f"warning   {key}: {reason}; the report says so. To run it anew, remove {runs / key} first")
     pdf = typeset(runs, about, args.student_id)
     write_whole(args.out / "report.pdf", pdf)
     for name in SCRIPTS:
@@ -192,9 +230,9 @@ def main(argv: list[str] | None = None) -> None:
     write_zip(archive, args.student_id, pdf)
     print(f"wrote     {args.out / 'report.pdf'} and {archive}: the PDF and three scripts, each tried alone")
     if about["missing"]:
-        print(
-            f"next      python report/build.py --student-id {args.student_id} --run --force, for the missing sections"
-        )
+        words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--run", "--force")]
+        command = shlex.join(["python", "report/build.py", *words, "--run", "--force"])
+        print(f"next      {command}, for the missing sections")
 
 
 if __name__ == "__main__":

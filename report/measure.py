@@ -50,10 +50,10 @@ def delete_tokens(model: t.TransformerClassifier, text: torch.Tensor, share: flo
 
 
 def measure(folder: Path, share: float) -> dict:
-    state = t.load_checkpoint(folder / "checkpoint.pt", "transformer", {})
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["arguments"]
     args = argparse.Namespace(**saved | {"data": Path(saved["data"]) if saved["data"] else None})
     news = t.load_news(args)
+    state = t.load_checkpoint(folder / "checkpoint.pt", "transformer", news.hashes)  # the rows that it was trained on
     tokenize = t.make_tokenizer(args.tokenizer)
     words = [t.split_text(text, state["columns"], tokenize) for text in news.texts]
     tokens = t.encode(words, {word: i for i, word in enumerate(state["words"])}, state["max_length"])
@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/transformer"))
     parser.add_argument("--share", type=float, default=0.1, help="of a text's tokens that are deleted")
     args = parser.parse_args()
+    if not 0 < args.share < 1:
+        parser.error(f"--share {args.share}: give a number between 0 and 1")
     result = measure(args.folder, args.share)
     t.write_json(args.folder / "measured.json", result)
     print(json.dumps(result, indent=2))

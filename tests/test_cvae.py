@@ -212,9 +212,29 @@ def test_held_out_verbs_are_not_trained_on(here):
     assert cvae.read_verbs(here / "verbs", 5, None, 1).held_out != verbs.held_out
 
 
+def test_made_up_verbs_spell_no_held_out_verb(here, monkeypatch):
+    verbs = cvae.read_verbs(here / "verbs", 5, None, 0)
+    made = cvae.invent_verbs(verbs.train, 500, torch.Generator().manual_seed(0))
+    unseen = frozenset(form for verb in made[::7] for form in verb)
+    again = cvae.invent_verbs(verbs.train, 500, torch.Generator().manual_seed(0), unseen)
+    assert len(again) > 100 and unseen.isdisjoint(form for verb in again for form in verb)
+    invent, told = cvae.invent_verbs, []
+    monkeypatch.setattr(cvae, "invent_verbs", lambda *args: told.append(args[3]) or invent(*args))
+    run("--holdout", "5", "--epochs", "1")
+    assert told and told[0] >= {form for verb in verbs.held_out for form in verb} | {
+        "accept",
+        "accepted",
+        "add",
+        "adds",
+    }
+
+
 def test_compare_schedules(here):
     metrics = run("--compare-schedules")
-    assert set(metrics) == {"monotonic", "cyclical"} and (here / "run" / "schedules.png").stat().st_size > 10_000
+    assert (
+        set(metrics) == {"monotonic", "cyclical"}
+        and (here / "run" / "schedules" / "schedules.png").stat().st_size > 10_000
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])  # 2 is the last batch of an epoch; 7 learns from prior draws

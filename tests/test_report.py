@@ -1,5 +1,6 @@
 """report/build.py: the PDF follows the runs, the zip holds what the homework asks for, every mistake is one line."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -71,6 +72,19 @@ def test_a_missing_run_is_named_with_its_command(here, capsys):
     assert "missing   cvae_holdout" not in out
 
 
+def test_a_run_on_the_sample_or_of_few_rows_is_named(here, capsys):
+    sample = hashlib.sha256((ROOT / "data" / "sample" / "train.txt").read_bytes()).hexdigest()
+    config = here / "runs" / "cvae_holdout" / "config.json"
+    for sha256, limit, reason in ((sample, None, "on the bundled sample"), ("0" * 64, 50, "--limit 50")):
+        config.write_text(json.dumps({"sha256": {"train.txt": sha256}, "arguments": {"limit": limit}}))
+        build.main(["--student-id", "a1", "--force"])
+        assert f"cvae_holdout: {reason}" in capsys.readouterr().out
+        assert f"cvae_holdout ({reason})" in text_of(Path("report.pdf").read_bytes())
+    config.write_text(json.dumps({"sha256": {"train.txt": "0" * 64}, "arguments": {"limit": None}}))
+    build.main(["--student-id", "a1", "--force"])
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_every_question_of_the_assignment_has_a_heading(here):
     build.main(["--student-id", "a1"])
     text = text_of(Path("report.pdf").read_bytes())
@@ -95,6 +109,9 @@ def test_planned_commands_are_ones_that_the_scripts_take(here):
         ([], "--student-id"),
         (["--student-id", "1", "--out", "nowhere"], "no such folder"),
         (["--student-id", "kept"], "exists already"),
+        (["--student-id", "1" * 300], "32 at most"),
+        (["--student-id", "1", "--runs", "hw2_kept.zip/runs"], "Name another folder"),
+        (["--student-id", "1", "--quick", "--data", "."], "Leave out --quick or --data"),
     ],
 )
 def test_mistakes_end_with_one_line(here, capsys, flags, line):

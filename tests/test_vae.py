@@ -467,9 +467,11 @@ def test_zip_member_that_unpacks_to_gigabytes(here, capsys):
         ({"image": digits()[:, None]}, ""),
         ({"image": digits() / 255.0}, "stretched to 255"),
         ({"image": digits().astype(np.int32)}, ""),
+        ({"image": digits() >> 7}, "stretched to 255"),
+        ({"image": digits() >= 128}, "stretched to 255"),
         ({"image": digits(60, 56)}, r"\(56, 56\) resized to \(28, 28\)"),
     ],
-    ids=["name", "trailing one", "channel", "float", "int", "size"],
+    ids=["name", "trailing one", "channel", "float", "int", "0 and 1", "bool", "size"],
 )
 def test_digits_of_other_kinds(here, capsys, arrays, warning):
     np.savez("other.npz", label=np.zeros(60), **arrays)
@@ -477,7 +479,8 @@ def test_digits_of_other_kinds(here, capsys, arrays, warning):
     assert images.shape == (60, 1, 28, 28) and images.dtype == torch.uint8
     assert re.search(warning, capsys.readouterr().out)
     if "size" not in warning and "(56" not in warning:
-        assert np.array_equal(images[:, 0], digits())
+        two_levels = len(np.unique(arrays.get("image", digits()))) == 2
+        assert np.array_equal(images[:, 0], 255 * (digits() >> 7) if two_levels else digits())
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -548,6 +551,9 @@ BOTH = {
     "negative": (lambda: None, ["--lambda", "-1"], r"argument --lambda: '-1' is not a number from 0 up"),
     "nan": (lambda: None, ["--lambda", "nan"], r"argument --lambda: 'nan' is not a number from 0 up"),
     "twice": (lambda: None, ["--lambda", "1", "1.0"], r"--lambda 1 1: a value stands there twice"),
+    "one folder": (lambda: None, ["--lambda", "1", "1.0000001"], r"--lambda 1 1: a value stands there twice"),
+    "two tasks": (lambda: None, ["--sample", "3", "--lambda", "1", "2"], r"give only one of --evaluate, --sample"),
+    "spoilt by the last step": (lambda: None, ["--epochs", "1", "--lr", "1e30"], r"Lower --lr"),
     "architecture": (other_architecture, RESUME, r"trained with latent_dim 5, not 4"),
     "twin": (other_twin, RESUME, r"not a checkpoint of vae_"),
     "nothing to evaluate": (lambda: None, ["--sample", "3"], r"lambda-1: no run there\. Train first"),
