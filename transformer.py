@@ -402,7 +402,8 @@ def read_table(path: Path):
 def load_news(args: argparse.Namespace) -> News:
     """Read and check train.csv and test.csv, and a sample submission if one lies beside them."""
     folder = find_data(args.data)
-    print(f"data      {folder}" + (f", the bundled sample. {SOURCE}" if folder.name == "sample" else ""))
+    bundled = args.data is None and folder.name == "sample"
+    print(f"data      {folder}" + (f", the bundled sample. {SOURCE}" if bundled else ""))
     train_path, test_path = folder / "train.csv", folder / "test.csv"
     train, train_hash = read_table(train_path)
     test, test_hash = read_table(test_path)
@@ -912,7 +913,10 @@ def train_member(
         optimizer.load_state_dict(state["optimizer"])
 
     good = (start or {}).get("good") or start or snapshot()  # the last epoch's end
-    restore(start or good)
+    try:
+        restore(start or good)
+    except (KeyError, RuntimeError, ValueError):
+        fail("the checkpoint was trained by another version of transformer.py. Train again without --resume")
     passes = 2 if args.r_drop else 1
     lengths = [len(text) for text in tokens]
     per_epoch = math.ceil(len(rows) / args.batch_size)

@@ -343,9 +343,9 @@ def find_data(folder: Path | None) -> Path:
     if folder is not None:
         return folder
     for path in (HERE / "data", HERE.parent / "data", HERE.parent / "data" / "sample"):
-        if (path / "train.txt").exists() and (path / "test.txt").exists():
+        if (path / "train.txt").exists():
             return path
-    fail(f"no data/train.txt and test.txt beside {Path(__file__).name}. {SOURCE}, or name their folder with --data")
+    fail(f"no data/train.txt beside {Path(__file__).name}. {SOURCE}, or name their folder with --data")
 
 
 def read_lines(path: Path) -> tuple[list[list[str]], str]:
@@ -430,7 +430,8 @@ def read_verbs(folder: Path, holdout: int, limit: int | None, seed: int) -> Verb
     order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed)).tolist()
     if holdout:
         if holdout > len(lines) - 2:
-            fail(f"--holdout {holdout}: {folder / 'train.txt'} has {len(lines)} verbs that are in no test pair")
+            fail(f"--holdout {holdout}: {folder / 'train.txt'} has {len(lines)} verbs that are in no test pair; "
+                 "two must be left to train on")  # fmt: skip
         forms = {word for row in order[:holdout] for word in lines[row]}
         held_out = [lines[row] for row in order[:holdout]]
         order = [row for row in order[holdout:] if not forms & set(lines[row])]  # lie, lay: a form in two lines
@@ -660,7 +661,10 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
 
     good = (start or {}).get("good") or start or snapshot()  # the last epoch's end
-    restore(start or good)
+    try:
+        restore(start or good)
+    except (KeyError, RuntimeError, ValueError):
+        fail("the checkpoint was trained by another version of cvae.py. Train again without --resume")
     known = set(verbs.train)
     forms = verb_tensor(verbs.train)  # (N, 4, T)
     unseen = frozenset()  # what no made-up verb may be
@@ -1057,7 +1061,8 @@ def main(argv: list[str] | None = None) -> dict:
         if args.convert is not None or args.generate or args.interpolate:
             return use_finished(args)
         folder = find_data(args.data)
-        print(f"data      {folder}" + (f", the bundled sample. {SOURCE}" if folder.name == "sample" else ""))
+        bundled = args.data is None and folder.name == "sample"
+        print(f"data      {folder}" + (f", the bundled sample. {SOURCE}" if bundled else ""))
         verbs = read_verbs(folder, args.holdout, args.limit, args.seed)
         if args.compare_schedules:
             return compare_schedules(args, verbs)

@@ -386,6 +386,16 @@ def test_resume_refuses_other_vectors(here, monkeypatch, capsys):
     assert "trained with other word vectors" in capsys.readouterr().err
 
 
+def test_resume_refuses_another_versions_weights(here, monkeypatch, capsys):
+    interrupted(monkeypatch, 1)
+    state = torch.load("runs/transformer/checkpoint.pt", weights_only=True)
+    del state["partial"]["model"]["position"]
+    torch.save(state, "runs/transformer/checkpoint.pt")
+    with pytest.raises(SystemExit):
+        run("--resume")
+    assert "trained by another version" in capsys.readouterr().err
+
+
 def test_metrics_without_a_checkpoint_are_no_finished_run(here, monkeypatch):
     metrics = run()
     Path("runs/transformer/checkpoint.pt").unlink()
