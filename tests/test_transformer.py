@@ -347,35 +347,27 @@ def test_resume_equals_no_interruption(here, monkeypatch, capsys, steps):
     words = ["--epochs", "2", "--batch-size", "8", "--seeds", "2"]
     whole = run(*words)
     submission = Path("submission.csv").read_bytes()
-    rate, count = t.learning_rate, iter(range(10_000))
-
-    def interrupted(*args):
-        if next(count) == steps * 2:  # called for each of two parameter groups
-            os.kill(os.getpid(), signal.SIGTERM if steps == 8 else signal.SIGINT)
-        return rate(*args)
-
-    monkeypatch.setattr(t, "learning_rate", interrupted)
-    with pytest.raises(SystemExit) as stopped:
-        run(*words, "--out", "other")
-    assert stopped.value.code == (143 if steps == 8 else 130)
+    number = signal.SIGTERM if steps == 8 else signal.SIGINT
+    assert interrupted(monkeypatch, steps, *words, "--out", "other", number=number) == 128 + number
     assert "--resume" in capsys.readouterr().out
     assert without_seconds(run(*words, "--out", "other", "--resume")) == without_seconds(whole)
     assert Path("submission.csv").read_bytes() == submission
     assert len(rows_of("other/history.csv")) == 1 + 2 * 2 * 2
 
 
-def interrupted(monkeypatch, step, *words):
-    """A run that Ctrl-C stops in this step."""
+def interrupted(monkeypatch, step, *words, number=signal.SIGINT):
+    """The exit code of a run that a signal stops in this step."""
     rate, count = t.learning_rate, iter(range(10_000))
 
     def learning_rate(*args):
         if next(count) == 2 * step:  # called for each of two parameter groups
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return rate(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(t, "learning_rate", learning_rate)
         run(*words)
+    return stopped.value.code
 
 
 def test_resume_refuses_other_vectors(here, monkeypatch, capsys):

@@ -392,6 +392,21 @@ def test_resume_equals_no_interruption(twin, here, monkeypatch, capsys, steps):
 
 
 @pytest.mark.parametrize("twin", TWINS)
+def test_evaluate_scores_images_of_all_the_file(twin, here, monkeypatch):
+    """A file may be sorted by class: the posterior's scores take a random part, each image with its own code."""
+    run(twin)
+    score, seen = twin.score_posterior, []
+    monkeypatch.setattr(twin, "score_posterior", lambda *args: seen.append(args) or score(*args))
+    file = Path("digits.npz" if twin is vae_mnist else "faces.zip")
+    twin.main(["--evaluate", str(file), "--iwae", "2", "--iwae-images", "2"])
+    model, images, scores, _ = seen[0]
+    in_file = twin.load_images(file, Path("runs"))[0][:]
+    assert not torch.equal(images, in_file) and torch.equal(images.sum(0), in_file.sum(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode(twin.to_pixels(images))[0], scores["mu"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("twin", TWINS)
 def test_the_last_fit_of_the_prior_is_kept_only_where_it_helps(twin, here, monkeypatch):
     fitted = run(twin)["kl"]["validation"]
     monkeypatch.setattr(twin, "fit_prior", lambda prior, mu, logvar: prior)
