@@ -1,7 +1,7 @@
-"""What lab4/cvae.py is worth: its scores over seeds, and its training speed beside a loop that takes a word at a time.
+"""The scores of lab4/cvae.py over seeds, and its speed beside a loop that takes a word at a time.
 
-    python bench/cvae.py scores --data data               five seeds of the default run and of --holdout 100
-    python bench/cvae.py speed  --data data               words a second, both sides in turn
+    python bench/cvae.py scores --data data     five seeds of the default run and of --holdout 100
+    python bench/cvae.py speed  --data data     words a second, both sides in turn
 
 Each prints a table for the README.
 """
@@ -26,13 +26,13 @@ import cvae  # noqa: E402
 def epoch_of_ours(verbs, args) -> int:
     """One epoch of the script's own training loop; returns the words that were spelled."""
     cvae.seed_all(0)
-    with cvae.tqdm(disable=True) as bar:
-        cvae.train(cvae.CVAE(args.latent_dim, args.hidden_dim), verbs, args, None, lambda state: None, bar)
+    state = {"history": [], "seconds": 0.0}
+    cvae.train(cvae.CVAE(args.latent_dim, args.hidden_dim), verbs, args, state)
     return 2 * len(verbs.train)
 
 
 def words_one_by_one(verbs, args) -> int:
-    """The same network and loss as the course's template trains them: a word a step, letter by letter, plain SGD."""
+    """The same network and loss as the course's template trains them: a word a step, by SGD."""
     cvae.seed_all(0)
     model = cvae.CVAE(args.latent_dim, args.hidden_dim)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -40,11 +40,12 @@ def words_one_by_one(verbs, args) -> int:
     for forms in verbs.train[: args.words // 4]:
         for tense, form in enumerate(forms):
             word, number = cvae.encode_words([form]), torch.tensor([tense])
-            mu, logvar = model.encoder(word, number)
-            state = model.decoder.verb(cvae.reparameterize(mu, logvar, torch.randn_like(mu)))
-            letter, loss = torch.tensor([[cvae.START]]), args.kl_max * cvae.kl_divergence(mu, logvar).sum()
+            mu, logvar = model.encode(word, number)
+            z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+            state, letter = model.first_state(z), torch.tensor([[cvae.START]])
+            loss = args.kl_max * cvae.kl_divergence(mu, logvar).sum()
             for right in word[0]:
-                logits, state = model.decoder.spell(letter, number, state)
+                logits, state = model.decode(state, number, letter)
                 loss = loss + F.cross_entropy(logits[:, 0], right[None])
                 letter = right.view(1, 1)
             optimizer.zero_grad()
@@ -55,41 +56,57 @@ def words_one_by_one(verbs, args) -> int:
     return count
 
 
-def speed(own: argparse.Namespace) -> None:
+def speed(options: argparse.Namespace) -> None:
     """Words spelled a second in training, both sides in turn, the ratio of the medians."""
-    args = cvae.parse_args(["--epochs", "1", "--teacher-forcing", "1", "--data", str(own.data)])
-    args.words = own.words
-    verbs = cvae.read_verbs(own.data, 0, None, 0)
+    args = cvae.parse_args(["--epochs", "1", "--teacher-forcing", "1", "--data", str(options.data)])
+    args.words = options.words
+    cvae.write_file = lambda path, save: None  # training is timed, not the disk
+    verbs = cvae.read_verbs(options.data, 0, None, 0)
     sides, rates = {"a word at a time": words_one_by_one, "lab4/cvae.py": epoch_of_ours}, {}
-    for _ in range(own.rounds):
+    for _ in range(options.rounds):
         for name, side in sides.items():
             begin = time.monotonic()
             words = side(verbs, args)
             rates.setdefault(name, []).append(words / (time.monotonic() - begin))
     plain = statistics.median(rates["a word at a time"])
-    print(f"{torch.get_num_threads()} threads, {own.rounds} rounds in turn")
+    print(f"{torch.get_num_threads()} threads, {options.rounds} rounds in turn")
     print("| training | words a second (median; range) | ratio |\n| --- | --- | --- |")
     for name, measured in rates.items():
-        middle = statistics.median(measured)
-        print(f"| {name} | {middle:.0f} ({min(measured):.0f} to {max(measured):.0f}) | {middle / plain:.1f} |")
+        middle, low, high = statistics.median(measured), min(measured), max(measured)
+        print(f"| {name} | {middle:.0f} ({low:.0f} to {high:.0f}) | {middle / plain:.1f} |")
 
 
-def scores(own: argparse.Namespace) -> None:
-    """The scores of the default run and of the one that holds verbs out: mean and standard deviation over seeds."""
-    keys = ("bleu4", "gaussian_score", "gaussian_score_10000", "distinct_valid_per_100", "heldout_exact",
-            "heldout_bleu4", "seconds")  # fmt: skip
+def scores(options: argparse.Namespace) -> None:
+    """Mean and standard deviation over seeds, of the default run and of --holdout."""
+    keys = ["bleu4", "gaussian_score", "gaussian_score_10000", "distinct_valid_per_100"]
+    keys += ["heldout_exact", "heldout_bleu4", "seconds"]
     print(f"| run | {' | '.join(keys)} |\n|{' --- |' * (len(keys) + 1)}")
-    for name, flags in {"default": [], f"--holdout {own.holdout}": ["--holdout", str(own.holdout)]}.items():
+    for name, flags in {
+        "default": [],
+        f"--holdout {options.holdout}": ["--holdout", str(options.holdout)],
+    }.items():
         found: dict[str, list[float]] = {}
-        for seed in range(own.seeds):
-            out = own.out / f"{name.strip('-').replace(' ', '-')}-{seed}"
+        for seed in range(options.seeds):
+            out = options.out / f"{name.strip('-').replace(' ', '-')}-{seed}"
             if not (out / "metrics.json").exists():
-                command = [sys.executable, str(SCRIPT), "--data", str(own.data), "--seed", str(seed), "--out", str(out)]
+                command = [
+                    sys.executable,
+                    str(SCRIPT),
+                    "--data",
+                    str(options.data),
+                    "--seed",
+                    str(seed),
+                    "--out",
+                    str(out),
+                ]
                 subprocess.run([*command, *flags], check=True, stdout=subprocess.DEVNULL)
             metrics = json.loads((out / "metrics.json").read_text())
             for key in keys:
                 found.setdefault(key, []).append(metrics[key])
-        cells = ["-" if None in v else f"{statistics.mean(v):.4g} ± {statistics.stdev(v):.2g}" for v in found.values()]
+        cells = [
+            "-" if None in v else f"{statistics.mean(v):.4g} ± {statistics.stdev(v):.2g}"
+            for v in found.values()
+        ]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
@@ -97,13 +114,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=("scores", "speed"))
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/bench_cvae"), help="for scores")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("runs/bench_cvae"), help="for scores"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--holdout", type=int, default=100)
     parser.add_argument("--words", type=int, default=400, help="a round of the one-by-one loop")
     parser.add_argument("--rounds", type=int, default=5)
-    own = parser.parse_args()
-    {"scores": scores, "speed": speed}[own.what](own)
+    options = parser.parse_args()
+    {"scores": scores, "speed": speed}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """What becomes of runs that are killed, fed ten times the data, or spread over two processes.
 
-    python bench/reliability.py kill   --data data    kill each script at 20 moments a signal, resume, compare
-    python bench/reliability.py grow   --data data --news FILE     140,000 news and 90,000 faces: memory and time
-    python bench/reliability.py spread --data data    one process against two, in turn
+    python bench/reliability.py kill --data data                each script at 20 moments a signal
+    python bench/reliability.py grow --data data --news FILE    ten times as many news and faces
+    python bench/reliability.py spread --data data              one process against two, in turn
 
---data is a folder with the real files (its train.csv and test.csv, TibetanMNIST.npz, anime-faces.zip, train.txt and
-test.txt); --news a csv with the columns Category and Text. Each prints a table for the README.
+--data is a folder with the real files (its train.csv and test.csv, TibetanMNIST.npz,
+anime-faces.zip, train.txt and test.txt); --news a csv with the columns Category and Text. Each
+prints a table for the docs.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -30,6 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+IMAGE_NAMES = (".png", ".jpg", ".jpeg")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 SMALL = "--limit 200 --epochs 3 --iwae 8 --iwae-images 8 --latent-dim 16"
 TASKS = {  # script: what stands in --data, and a run of some seconds
@@ -42,7 +45,15 @@ TASKS = {  # script: what stands in --data, and a run of some seconds
 
 def command_of(script: str, data: Path) -> list[str]:
     file, flags = TASKS[script]
-    return [sys.executable, str(ROOT / script), "--data", str(data / file), *shlex.split(flags), "--out", "out"]
+    return [
+        sys.executable,
+        str(ROOT / script),
+        "--data",
+        str(data / file),
+        *shlex.split(flags),
+        "--out",
+        "out",
+    ]
 
 
 def results_in(folder: Path) -> tuple[dict, bytes | None]:
@@ -74,9 +85,9 @@ def damaged(folder: Path, submission: bytes | None) -> list[str]:
 
 
 def stop_at(process: subprocess.Popen, number: int, moment: float | str, folder: Path) -> bool:
-    """Send the signal after `moment` seconds, or when a temporary name with that ending is seen for the n-th time.
+    """Send the signal after `moment` seconds, or when the n-th file of a kind is being written.
 
-    Returns whether a file was being written then.
+    `moment` is then "<ending of its temporary name> <n>". Return whether a file was being written.
     """
     begin, last, seen = time.monotonic(), False, 0
     name, _, nth = moment.partition(" ") if isinstance(moment, str) else ("", "", "0")
@@ -92,43 +103,63 @@ def stop_at(process: subprocess.Popen, number: int, moment: float | str, folder:
     return False
 
 
-def kill(own: argparse.Namespace) -> None:
-    """Tried and lost, for each script and signal. Lost is a run whose resumed results differ or that left damage."""
-    draw = random.Random(own.seed)
-    print("| script | signal | stopped | while a file was written | lost |\n| --- | --- | --- | --- | --- |")
+class Outcome(NamedTuple):
+    """What became of one run that was sent a signal, and then went on with --resume."""
+
+    stopped: bool  # before its end
+    writing: bool  # a file, at that moment
+    lost: str  # empty, or what is damaged or differs
+
+
+def kill_once(
+    script: str, data: Path, number: int, moment: float | str, expected: tuple
+) -> Outcome:
+    """Lost is a run that ended otherwise, left damage, or whose resumed results differ."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, command = Path(name), command_of(script, data)
+        process = subprocess.Popen(
+            command, cwd=name, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        writing = stop_at(process, number, moment, folder)
+        _, errors = process.communicate()
+        wrong = damaged(folder, expected[1])
+        begun = folder.joinpath("out").exists()  # a signal can break any import before that
+        if begun and process.returncode not in (0, -number, 128 + number):
+            wrong.append(f"ended with {process.returncode}: {errors.decode()[-500:]}")
+        again = subprocess.run([*command, "--resume"], cwd=name, capture_output=True, text=True)
+        wrong += [f"{path} is left" for path in folder.rglob(".*.tmp")]
+        if again.returncode or results_in(folder) != expected:
+            wrong.append(f"resumed otherwise: {again.stderr[-500:]}")
+        return Outcome(process.returncode != 0, writing, "; ".join(wrong))
+
+
+def kill(args: argparse.Namespace) -> None:
+    """Half the moments are drawn at random, half are those of writing a checkpoint or a figure."""
+    draw, half = random.Random(args.seed), args.times // 2
+    print("| script | signal | stopped | while a file was written | lost |")
+    print("| --- | --- | --- | --- | --- |")
     for script in TASKS:
         with tempfile.TemporaryDirectory() as name:
-            begin = time.monotonic()
-            subprocess.run(command_of(script, own.data), cwd=name, check=True, capture_output=True)
+            begin, command = time.monotonic(), command_of(script, args.data)
+            subprocess.run(command, cwd=name, check=True, capture_output=True)
             seconds, expected = time.monotonic() - begin, results_in(Path(name))
         for number in SIGNALS:
-            stopped, writing, lost = 0, 0, []
-            moments = [draw.uniform(0, seconds) for _ in range(own.times // 2)]
-            moments += [f"{'checkpoint.pt' if i % 2 else '.png'} {1 + i // 2 % 3}" for i in range(own.times // 2)]
-            for moment in tqdm(moments, f"{script} {number.name}", disable=None, leave=False):
-                with tempfile.TemporaryDirectory() as name:
-                    folder, command = Path(name), command_of(script, own.data)
-                    process = subprocess.Popen(command, cwd=name, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-                    writing += stop_at(process, number, moment, folder)
-                    _, errors = process.communicate()
-                    stopped += process.returncode != 0
-                    wrong = damaged(folder, expected[1])
-                    if process.returncode not in (0, -number, 128 + number) and folder.joinpath("out").exists():
-                        wrong.append(f"ended with {process.returncode}: {errors.decode()[-500:]}")
-                    command.append("--resume")
-                    again = subprocess.run(command, cwd=name, capture_output=True, text=True, check=False)
-                    wrong += [f"{path} is left" for path in folder.rglob(".*.tmp")]
-                    if again.returncode or results_in(folder) != expected:
-                        wrong.append(f"resumed otherwise: {again.stderr[-500:]}")
-                    if wrong:
-                        lost.append(f"{moment}: {'; '.join(wrong)}")
-            print(f"| `{script}` | {number.name} | {stopped} of {len(moments)} | {writing} | {len(lost)} |", flush=True)
+            moments = [draw.uniform(0, seconds) for _ in range(half)]
+            endings = ("checkpoint.pt", ".png")
+            moments += [f"{endings[i % 2]} {1 + i // 2 % 3}" for i in range(half)]
+            title = f"{script} {number.name}"
+            bar = tqdm(moments, title, disable=None, leave=False)
+            found = [kill_once(script, args.data, number, moment, expected) for moment in bar]
+            stopped, writing = (sum(values) for values in list(zip(*found, strict=True))[:2])
+            lost = [f"{m}: {one.lost}" for m, one in zip(moments, found, strict=True) if one.lost]
+            row = f"`{script}`", number.name, f"{stopped} of {len(moments)}", writing, len(lost)
+            print("|", " | ".join(map(str, row)), "|", flush=True)
             for line in lost:
                 print(f"lost: {line}", file=sys.stderr, flush=True)
 
 
 def repeat_news(source: Path, times: int, folder: Path) -> int:
-    """`times` copies of the rows of `source` as train.csv, and a test.csv of the texts of its first hundred."""
+    """`times` copies of the rows of `source` as train.csv; its first hundred texts as test.csv."""
     with open(source, newline="", encoding="utf-8-sig") as file:
         header, *rows = csv.reader(file)
     for name, chosen in (
@@ -144,7 +175,8 @@ def repeat_faces(source: Path, times: int, folder: Path) -> int:
     """`times` copies of the images of the zip file `source`, each under a name of its own."""
     count = 0
     with zipfile.ZipFile(source) as archive, zipfile.ZipFile(folder / "faces.zip", "w") as copies:
-        images = [archive.read(name) for name in archive.namelist() if name.lower().endswith((".png", ".jpg", ".jpeg"))]
+        names = [name for name in archive.namelist() if name.lower().endswith(IMAGE_NAMES)]
+        images = [archive.read(name) for name in names]
         for _ in range(times):
             for content in images:
                 copies.writestr(f"{count}.png", content)
@@ -152,35 +184,46 @@ def repeat_faces(source: Path, times: int, folder: Path) -> int:
     return count
 
 
-def grow(own: argparse.Namespace) -> None:
-    """Peak memory and seconds an item of one epoch, from the size of the file to ten times as much."""
+def watch(command: list[str], folder: str) -> tuple[float, float]:
+    """Run `command` in `folder`; its peak memory in MiB and its seconds."""
+    begin, peak = time.monotonic(), 0.0
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    while process.poll() is None:  # its own peak; that of getrusage begins with its parent's
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        found = re.search(r"VmHWM:\s+(\d+)", status)
+        peak = int(found[1]) / 1024 if found else peak
+        time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit(f"{shlex.join(command)} failed")
+    return peak, time.monotonic() - begin
+
+
+def grow(args: argparse.Namespace) -> None:
+    """Peak memory and seconds an item of one epoch, from the file's size to ten times as much."""
+    news, faces = "--folds 2 --epochs 1 --vectors none", "--epochs 1"
     kinds = {
-        "news texts": (repeat_news, own.news, "transformer.py", "--folds 2 --epochs 1 --vectors none", ""),
-        "faces": (repeat_faces, own.data / "anime-faces.zip", "vae_anime.py", "--epochs 1", "faces.zip"),
+        "news texts": (repeat_news, args.news, "transformer.py", news, ""),
+        "faces": (repeat_faces, args.data / "anime-faces.zip", "vae_anime.py", faces, "faces.zip"),
     }
     figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
-    print("| items | peak memory (MiB) | seconds | milliseconds an item |\n| --- | --- | --- | --- |")
+    print("| items | peak memory (MiB) | seconds | milliseconds an item |")
+    print("| --- | --- | --- | --- |")
     for kind, (repeat, source, script, flags, file) in kinds.items():
-        curve = []
-        for times in own.sizes:
+        counts, peaks, milliseconds = [], [], []
+        for times in args.sizes:
             with tempfile.TemporaryDirectory() as name:
                 count = repeat(source, times, Path(name))
-                command = [sys.executable, str(ROOT / script), "--data", str(Path(name, file)), *shlex.split(flags)]
-                begin = time.monotonic()
-                process, peak = subprocess.Popen(command, cwd=name, stdout=subprocess.DEVNULL), 0
-                while process.poll() is None:  # its own peak; that of getrusage begins with its parent's
-                    found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
-                    peak = int(found[1]) / 1024 if found else peak
-                    time.sleep(0.05)
-                seconds = time.monotonic() - begin
-                if process.returncode:
-                    raise SystemExit(f"{shlex.join(command)} failed")
-            curve.append((count, peak, seconds))
-            print(f"| {count:,} {kind} | {peak:.0f} | {seconds:.0f} | {1000 * seconds / count:.2f} |", flush=True)
-        counts, peaks, times_taken = zip(*curve, strict=True)
+                data = ["--data", str(Path(name, file))]
+                command = [sys.executable, str(ROOT / script), *data, *shlex.split(flags)]
+                peak, seconds = watch(command, name)
+            counts.append(count)
+            peaks.append(peak)
+            milliseconds.append(1000 * seconds / count)
+            row = f"{count:,} {kind}", f"{peak:.0f}", f"{seconds:.0f}", f"{milliseconds[-1]:.2f}"
+            print("|", " | ".join(row), "|", flush=True)
         left.semilogx(counts, peaks, "o-", label=kind)
-        right.semilogx(counts, [1000 * s / n for n, s in zip(counts, times_taken, strict=True)], "o-", label=kind)
+        right.semilogx(counts, milliseconds, "o-", label=kind)
     left.set_ylabel("peak memory (MiB)")
     right.set_ylabel("milliseconds an item")
     for panel in (left, right):
@@ -188,32 +231,39 @@ def grow(own: argparse.Namespace) -> None:
         panel.set_ylim(bottom=0)
         panel.legend()
         panel.grid(True, which="both", alpha=0.3)
-    figure.savefig(own.figure)
-    print(f"wrote {own.figure}")
+    figure.savefig(args.figure)
+    print(f"wrote {args.figure}")
 
 
-def spread(own: argparse.Namespace) -> None:
-    """Seconds of two further epochs, one process with all threads against two of one each, in turn."""
-    alone, both = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                     "--nproc-per-node", "2"]  # fmt: skip
+def two_epochs(command: list[str], environment: dict[str, str]) -> float:
+    """Seconds that three epochs take more than one."""
+    seconds = []
+    for epochs in ("1", "3"):
+        with tempfile.TemporaryDirectory() as name:
+            begin, words = time.monotonic(), [*command, "--epochs", epochs]
+            subprocess.run(words, cwd=name, check=True, capture_output=True, env=environment)
+            seconds.append(time.monotonic() - begin)
+    return seconds[1] - seconds[0]
+
+
+def spread(args: argparse.Namespace) -> None:
+    """Seconds of two further epochs, one process with all threads against two of one each."""
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = "--limit 2000 --iwae 1 --iwae-images 1"
-    tasks = {"transformer.py": ("", "--folds 2"), "vae_mnist.py": ("TibetanMNIST.npz", flags),
-             "vae_anime.py": ("anime-faces.zip", flags)}  # fmt: skip
+    tasks = {
+        "transformer.py": ("", "--folds 2"),
+        "vae_mnist.py": ("TibetanMNIST.npz", flags),
+        "vae_anime.py": ("anime-faces.zip", flags),
+    }
     print("| script | one process (s) | two (s) | speed-up |\n| --- | --- | --- | --- |")
     for script, (file, words) in tasks.items():
-        taken: dict[int, list[float]] = {1: [], 2: []}
-        for _ in range(own.rounds):
-            for number, start, threads in ((1, alone, {}), (2, both, {"OMP_NUM_THREADS": "1"})):
-                seconds = []
-                for epochs in ("1", "3"):
-                    with tempfile.TemporaryDirectory() as name:
-                        command = [*start, str(ROOT / script), "--data", str(own.data / file), *shlex.split(words)]
-                        begin = time.monotonic()
-                        subprocess.run([*command, "--epochs", epochs], cwd=name, check=True, capture_output=True,
-                                       env=os.environ | threads)  # fmt: skip
-                        seconds.append(time.monotonic() - begin)
-                taken[number].append(seconds[1] - seconds[0])
-        one, two = (statistics.median(taken[number]) for number in (1, 2))
+        alone, both = [], []
+        command = [str(ROOT / script), "--data", str(args.data / file), *shlex.split(words)]
+        for _ in range(args.rounds):
+            alone.append(two_epochs([sys.executable, *command], dict(os.environ)))
+            one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+            both.append(two_epochs([sys.executable, *several, *command], one_thread))
+        one, two = statistics.median(alone), statistics.median(both)
         print(f"| `{script}` | {one:.1f} | {two:.1f} | {one / two:.2f} |", flush=True)
 
 
@@ -222,15 +272,20 @@ def main() -> None:
     add = parser.add_argument
     add("what", choices=("kill", "grow", "spread"))
     add("--data", type=Path, required=True, metavar="DIR", help="folder with the real files")
-    add("--news", type=Path, metavar="FILE", help="for grow: a csv with the columns Category and Text")
+    add(
+        "--news",
+        type=Path,
+        metavar="FILE",
+        help="for grow: a csv with the columns Category and Text",
+    )
     add("--figure", type=Path, default=Path("growth.png"), help="for grow: where its figure goes")
     add("--sizes", type=int, nargs="+", default=[1, 2, 5, 10], help="for grow: times the file")
     add("--times", type=int, default=20, help="for kill: moments a script and signal")
     add("--seed", type=int, default=0, help="of the moments")
     add("--rounds", type=int, default=3, help="of the comparison of processes")
-    own = parser.parse_args()
-    own.data = own.data.resolve()
-    {"kill": kill, "grow": grow, "spread": spread}[own.what](own)
+    args = parser.parse_args()
+    args.data = args.data.resolve()
+    {"kill": kill, "grow": grow, "spread": spread}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""What transformer.py is worth: peers on the same folds, and a training step against the PyTorch tutorial's, in turn.
+"""What transformer.py is worth: peers on the same texts, and its speed beside the tutorial's loop.
 
     pip install -r bench/requirements.txt
-    python bench/transformer.py accuracy --data DIR --vectors glove.6B.100d.txt
+    python bench/transformer.py accuracy --data DIR --vectors glove.6B.100d.txt --unseen FILE
     python bench/transformer.py speed    --data DIR --vectors glove.6B.100d.txt
 
-Each prints a table for the README. Accuracies are out of fold, ± the standard error √(p (1 - p) / n).
+Each prints a table. An accuracy is out of fold on train.csv and, with --unseen, on a csv of like
+columns that nobody chose by; ± is the standard error √(p (1 - p) / n). There the peers learn from
+all of train.csv, and transformer.py classifies as it does test.csv: the mean of its folds' models.
 """
 
 import argparse
 import contextlib
 import io
 import math
+import shutil
 import statistics
 import sys
 import tempfile
@@ -18,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -27,20 +31,25 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.naive_bayes import ComplementNB, MultinomialNB
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
-from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import transformer as t  # noqa: E402
 
 
 class TutorialTransformer(nn.Module):
-    """The encoder of PyTorch's tutorial: learned embeddings, sine positions, nn.TransformerEncoder."""
+    """PyTorch's tutorial: learned embeddings, sine positions, nn.TransformerEncoder."""
 
-    def __init__(self, words: int, classes: int, max_length: int, dim: int, heads: int, layers: int):
+    def __init__(
+        self, words: int, classes: int, max_length: int, dim: int, heads: int, layers: int
+    ):
         super().__init__()
         self.embedding = nn.Embedding(words, dim, padding_idx=t.PAD)
-        angle = torch.arange(max_length)[:, None] * torch.exp(-math.log(1e4) * torch.arange(0, dim, 2) / dim)
-        self.register_buffer("position", torch.stack([angle.sin(), angle.cos()], -1).flatten(1))  # (T, dim)
+        angle = torch.arange(max_length)[:, None] * torch.exp(
+            -math.log(1e4) * torch.arange(0, dim, 2) / dim
+        )
+        self.register_buffer(
+            "position", torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+        )  # (T, dim)
         self.dropout = nn.Dropout(0.3)
         layer = nn.TransformerEncoderLayer(dim, heads, 2 * dim, 0.3, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
@@ -49,21 +58,26 @@ class TutorialTransformer(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens (B, T) -> logits (B, C)."""
         pad = tokens == t.PAD
-        x = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim) + self.position[: tokens.shape[1]]
+        x = (
+            self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)
+            + self.position[: tokens.shape[1]]
+        )
         x = self.encoder(self.dropout(x), src_key_padding_mask=pad).masked_fill(pad[..., None], 0.0)
         return self.classify(x.sum(1) / (~pad).sum(1, keepdim=True))
 
 
-def train_tutorial(inputs: t.Inputs, labels: torch.Tensor, rows: list[int], args: argparse.Namespace, layers: int):
+def train_tutorial(
+    inputs: t.Inputs, labels: torch.Tensor, rows: list[int], args: argparse.Namespace, layers: int
+):
     """The tutorial's loop: shuffled batches padded to the longest, Adam, gradient clipping."""
-    model = TutorialTransformer(
-        len(inputs.words), int(labels.max()) + 1, inputs.max_length, args.dim, args.heads, layers
-    )
+    longest, classes = max(map(len, inputs.texts)), int(labels.max()) + 1
+    words = len(inputs.vocabulary.words)
+    model = TutorialTransformer(words, classes, longest, args.dim, args.heads, layers)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     model.train()
     for _ in range(args.epochs):
         for batch in torch.tensor(rows)[torch.randperm(len(rows))].split(args.batch_size):
-            x = pad_sequence([inputs.tokens[row][:, 0] for row in batch], batch_first=True, padding_value=t.PAD)
+            x = t.pad([inputs.texts[row][:, 0] for row in batch])
             loss = F.cross_entropy(model(x), labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -73,95 +87,127 @@ def train_tutorial(inputs: t.Inputs, labels: torch.Tensor, rows: list[int], args
 
 
 def fasttext_predictions(texts: list[str], labels: list[int], held_out: list[str]) -> list[int]:
-    """fastText's classifier (Joulin et al. 2017), bigrams, one thread so that a run can be repeated."""
+    """fastText (Joulin et al. 2017), bigrams, one thread so that a run can be repeated."""
     import fasttext
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "train.txt")
-        path.write_text("".join(f"__label__{y} {x}\n" for x, y in zip(texts, labels, strict=True)), encoding="utf-8")
-        model = fasttext.train_supervised(str(path), wordNgrams=2, epoch=25, lr=0.5, thread=1, verbose=0)
+        path.write_text(
+            "".join(f"__label__{y} {x}\n" for x, y in zip(texts, labels, strict=True)),
+            encoding="utf-8",
+        )
+        model = fasttext.train_supervised(
+            str(path), wordNgrams=2, epoch=25, lr=0.5, thread=1, verbose=0
+        )
     return [int(model.predict(text)[0][0].removeprefix("__label__")) for text in held_out]
 
 
-def out_of_fold(news: t.News, fit_predict, seed: int = 0) -> float:
-    """Accuracy of `fit_predict(train rows, held-out rows) -> classes` over the folds that transformer.py uses."""
-    folds = StratifiedKFold(5, shuffle=True, random_state=seed).split(news.texts, news.labels)
-    hits = [np.asarray(fit_predict(train, held_out)) == news.labels[held_out].numpy() for train, held_out in folds]
-    return float(np.concatenate(hits).mean())
+def read_unseen(path: Path | None, like: Path) -> tuple[pd.DataFrame, np.ndarray]:
+    """The texts of a csv with the columns of `like`, without their labels, and the labels."""
+    table = pd.read_csv(path or like, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    label = next(name for name in table.columns if name.lower() in t.LABEL_NAMES)
+    return table.drop(columns=label), table[label].to_numpy()
 
 
-def run_transformer(words: list[str]) -> dict:
-    """The metrics of a whole run of transformer.py, in a folder of its own and without its log."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
-        return t.main(words)
+def run_transformer(words: list[str], unseen: np.ndarray) -> tuple[float, float]:
+    """Out-of-fold and unseen accuracy of a whole run, in a folder of its own, without its log."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        metrics = t.main(words)
+        predicted = pd.read_csv("submission.csv", dtype=str).iloc[:, 1].to_numpy()
+    return metrics["oof_accuracy"], float((predicted == unseen).mean())
 
 
-def accuracy(args: argparse.Namespace, news: t.News, inputs: t.Inputs) -> None:
+def accuracy(args: argparse.Namespace, news: t.News, inputs: t.Inputs, unseen: np.ndarray) -> None:
     """One line a model; `no vectors` means no text but the competition's own."""
+    count, labels = len(news.labels), news.labels.numpy()
+    tokenize = t.make_tokenizer("basic_english")
+    lower = np.array([" ".join(tokenize(text)) for text in news.texts])
+    texts = np.array([text.replace("\t", " ") for text in news.texts])
+    columns = 1 + max(text.count("\t") for text in news.texts)
+    stems = [
+        [token.grams[2] for token in t.split_text(text, columns, tokenize)] for text in news.texts
+    ]
+    marked = np.array(stems, dtype=object)  # a title's stems apart from a description's
+    test = np.arange(count, len(news.texts))
 
-    def report(name: str, share: float) -> None:
-        print(f"| {name} | {share:.4f} ± {t.standard_error(share, len(news.texts)):.4f} |", flush=True)
-
-    texts, labels = np.array(news.texts), news.labels.numpy()
-    lower = np.array([" ".join(t.make_tokenizer("basic_english")(text)) for text in news.texts])
-
-    marked = np.array([" ".join(map(str, t.token_grams(text, inputs.roots)[:, 2].tolist())) for text in inputs.tokens])
-    binary = CountVectorizer(binary=True, token_pattern=r"\d+")
+    def report(name: str, *shares: float) -> None:
+        counts = (count, len(test))[: 2 if args.unseen else 1]
+        cells = [
+            f"{p:.4f} ± {t.standard_error(p, n):.4f}" for p, n in zip(shares, counts, strict=False)
+        ]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
     def linear(classifier, texts=texts, weigh=None):
         model = make_pipeline(weigh or TfidfVectorizer(sublinear_tf=True), classifier)
-        return lambda train, held_out: model.fit(texts[train], labels[train]).predict(texts[held_out])
+        return lambda train, held_out: model.fit(texts[train], labels[train]).predict(
+            texts[held_out]
+        )
 
     def tutorial(layers: int):
         def fit_predict(train, held_out):
             t.seed_all(args.seed)
             model = train_tutorial(inputs, news.labels, train.tolist(), args, layers)
+            parts = [held_out[i : i + 250] for i in range(0, len(held_out), 250)]
             with torch.no_grad():
-                x = pad_sequence([inputs.tokens[row][:, 0] for row in held_out], batch_first=True, padding_value=t.PAD)
-                return model(x).argmax(-1).numpy()
+                logits = [model(t.pad([inputs.texts[row][:, 0] for row in part])) for part in parts]
+            return torch.cat(logits).argmax(-1).numpy()
 
         return fit_predict
 
+    names = CountVectorizer(binary=True, analyzer=list)
     peers = {
         "TF-IDF + LogisticRegression": linear(LogisticRegression(max_iter=2000)),
         "TF-IDF + LinearSVC": linear(LinearSVC()),
         "TF-IDF + ComplementNB": linear(ComplementNB()),
-        "MultinomialNB on stems, a title's apart": linear(MultinomialNB(alpha=0.5), marked, binary),
-        "fastText, bigrams": lambda train, held_out: fasttext_predictions(lower[train], labels[train], lower[held_out]),
+        "MultinomialNB on stems, a title's apart": linear(MultinomialNB(alpha=0.5), marked, names),
+        "fastText, bigrams": lambda train, held_out: fasttext_predictions(
+            lower[train], labels[train], lower[held_out]
+        ),
         "the PyTorch tutorial's Transformer, two layers": tutorial(2),
         "the same, one layer": tutorial(1),
     }
-    print("| model | out-of-fold accuracy |\n| --- | --- |")
+    folds = list(
+        StratifiedKFold(args.folds, shuffle=True, random_state=args.seed).split(labels, labels)
+    )
+    right = np.array([news.classes.index(name) if name in news.classes else -1 for name in unseen])
+    print("| model | out of fold | unseen |" if args.unseen else "| model | out of fold |")
+    print("| --- | --- | --- |" if args.unseen else "| --- | --- |")
     for name, fit_predict in peers.items():
-        report(name, out_of_fold(news, fit_predict))
+        hits = [
+            np.asarray(fit_predict(train, held_out)) == labels[held_out]
+            for train, held_out in folds
+        ]
+        unseen_hits = np.asarray(fit_predict(np.arange(count), test)) == right
+        report(name, float(np.concatenate(hits).mean()), float(unseen_hits.mean()))
 
     common = ["--data", str(args.data), "--device", "cpu"]
-    ours = {
-        "transformer.py, no vectors": ["--vectors", "none"],
-        "transformer.py, GloVe": ["--vectors", args.vectors],
-        "transformer.py, GloVe, --r-drop 0": ["--vectors", args.vectors, "--r-drop", "0"],
-        "transformer.py, GloVe, --layers 2": ["--vectors", args.vectors, "--layers", "2"],
-        "transformer.py, GloVe, --seeds 5": ["--vectors", args.vectors, "--seeds", "5"],
-        **{f"transformer.py, GloVe, --seed {n}": ["--vectors", args.vectors, "--seed", str(n)] for n in (1, 2, 3, 4)},
-        **{f"transformer.py, no vectors, --seed {n}": ["--vectors", "none", "--seed", str(n)] for n in (1, 2, 3, 4)},
-    }
-    for name, words in ours.items():
-        report(name, run_transformer([*common, *words])["oof_accuracy"])
-    clean_text, t.clean_text = t.clean_text, lambda text: " ".join(text.split())
-    raw = run_transformer([*common, *ours["transformer.py, GloVe"]])
-    report("transformer.py, GloVe, text as it came", raw["oof_accuracy"])
-    t.clean_text = clean_text
+    ours = {"no vectors": "none", "GloVe": args.vectors}
+    for name, vectors in ours.items():
+        for seed in range(args.runs):
+            words = [*common, "--vectors", vectors, "--seed", str(seed)]
+            report(f"transformer.py, {name}, --seed {seed}", *run_transformer(words, unseen))
+    for flags in (["--r-drop", "0"], ["--layers", "2"], ["--seeds", "5"]):
+        shares = run_transformer([*common, "--vectors", args.vectors, *flags], unseen)
+        report(f"transformer.py, GloVe, {' '.join(flags)}", *shares)
 
 
-def speed(args: argparse.Namespace, news: t.News, inputs: t.Inputs) -> None:
-    """Passes a second of one epoch's steps, tutorial and ours in turn; the ratio of the medians."""
-    rows, seconds = list(range(len(news.texts))), {}
+def speed(args: argparse.Namespace, news: t.News, inputs: t.Inputs, unseen: np.ndarray) -> None:
+    """Passes a second of one epoch, each side in turn, the ratio of the medians."""
+    count, seconds = len(news.labels), {}
+    rows = list(range(count))
 
     def ours(r_drop: float) -> None:
-        own = argparse.Namespace(**vars(args) | {"epochs": 1, "r_drop": r_drop})
-        model = t.build_model(inputs._asdict() | {"classes": news.classes, "settings": vars(args)})
-        with t.tqdm(disable=True) as bar:
-            t.train_member(model, inputs, news.labels, rows, own, (0,), None, lambda state: None, bar)
+        settings = vars(args) | {"epochs": 1, "r_drop": r_drop}
+        empty = {"members": [], "current": None, "history": []}
+        state = empty | {"settings": settings, "classes": news.classes, "features": inputs.features}
+        state["vocabulary"] = inputs.vocabulary._asdict()
+        model = t.build_model(state).train()
+        bar = t.Progress(0, 0, quiet=True)
+        t.train_member(model, inputs.texts[:count], news.labels, state, bar, lambda: None)
 
     once = argparse.Namespace(**vars(args) | {"epochs": 1})
     sides = {
@@ -174,28 +220,39 @@ def speed(args: argparse.Namespace, news: t.News, inputs: t.Inputs) -> None:
             begin = time.monotonic()
             side()
             seconds.setdefault(name, []).append(time.monotonic() - begin)
-    print(f"{torch.get_num_threads()} threads, dim {args.dim}, {args.layers} layer, batch {args.batch_size}, "
-          f"{len(rows)} texts an epoch, {args.rounds} rounds in turn")  # fmt: skip
+    print(f"{torch.get_num_threads()} threads, dim {args.dim}, {args.layers} layer")
+    print(f"batch {args.batch_size}, {count} texts an epoch, {args.rounds} rounds in turn")
     print("| training | passes a second (median; range) | ratio |\n| --- | --- | --- |")
     for name, measured in seconds.items():
-        passes = len(rows) * (2 if "two" in name else 1)
+        passes = count * (2 if "two" in name else 1)
         low, middle, high = (passes / f(measured) for f in (max, statistics.median, min))
-        ratio = middle * statistics.median(seconds["tutorial"]) / len(rows)
+        ratio = middle * statistics.median(seconds["tutorial"]) / count
         print(f"| {name} | {middle:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("accuracy", "speed"))
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with train.csv and test.csv")
-    parser.add_argument("--vectors", required=True, metavar="PATH", help="GloVe, fastText or word2vec text file")
-    parser.add_argument("--rounds", type=int, default=9, help="of the speed comparison (default: 9)")
+    add = parser.add_argument
+    add("what", choices=("accuracy", "speed"))
+    add(
+        "--data", type=Path, required=True, metavar="DIR", help="folder with train.csv and test.csv"
+    )
+    add("--vectors", required=True, metavar="PATH", help="GloVe, fastText or word2vec text file")
+    add("--unseen", type=Path, metavar="FILE", help="a csv like train.csv, scored once")
+    add("--runs", type=int, default=1, help="seeds of transformer.py (default: 1)")
+    add("--rounds", type=int, default=9, help="of the speed comparison (default: 9)")
     own = parser.parse_args()
-    args = t.parse_args(["--data", str(own.data.resolve()), "--vectors", str(Path(own.vectors).resolve())])
-    args.rounds = own.rounds
-    news = t.load_news(args)
-    inputs = t.prepare(args, news)
-    {"accuracy": accuracy, "speed": speed}[own.what](args, news, inputs)
+    with tempfile.TemporaryDirectory() as folder:  # the unseen texts stand in for test.csv
+        texts, unseen = read_unseen(own.unseen, own.data / "train.csv")
+        shutil.copy(own.data / "train.csv", folder)
+        texts.to_csv(Path(folder, "test.csv"), index=False)
+        args = t.parse_args(["--data", folder, "--vectors", str(Path(own.vectors).resolve())])
+        args = argparse.Namespace(
+            **vars(args) | vars(own) | {"data": Path(folder), "vectors": args.vectors}
+        )
+        news = t.load_news(args)
+        inputs = t.prepare(args, news)
+        {"accuracy": accuracy, "speed": speed}[own.what](args, news, inputs, unseen)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""What the twin VAEs are worth: peers on the same images, their samples judged, and a training step's speed, in turn.
+r"""What the twin VAEs are worth: peers on the same images, samples judged, a step's speed, in turn.
 
     pip install -r bench/requirements.txt
     python bench/vae.py speed   digits --data TibetanMNIST.npz
     python bench/vae.py peers   digits --data TibetanMNIST.npz --seconds 300
     python bench/vae.py samples digits --data TibetanMNIST.npz --out runs/vae_mnist
-    python bench/vae.py samples faces  --data anime-faces.zip --out runs/vae_anime --cascade lbpcascade_animeface.xml
+    python bench/vae.py samples faces  --data anime-faces.zip --out runs/vae_anime \
+        --cascade lbpcascade_animeface.xml
 
-`samples` judges the finished run's draws from its prior: digits by a classifier trained here on the labels, faces by
-OpenCV's cascade for anime faces (https://github.com/nagadomi/lbpcascade_animeface). Each prints a table for the README.
+`samples` judges the finished run's draws from its prior: digits by a classifier trained here on the
+labels, faces by OpenCV's cascade for anime faces (https://github.com/nagadomi/lbpcascade_animeface).
+Each prints a table for the README.
 """
 
 import argparse
+import copy
 import math
 import statistics
 import sys
@@ -32,17 +35,16 @@ TWINS = {"digits": vae_mnist, "faces": vae_anime}
 
 
 def epoch_of_ours(t, split, args) -> None:
-    """One epoch of the script's own training loop."""
-    t.seed_all(0)
-    model = t.VAE(args.start, True).to(memory_format=torch.channels_last)
-    with t.tqdm(disable=True) as bar:
-        t.train(model, split, args, 1.0, None, lambda state: None, bar)
+    """One epoch of the script's own training loop, and its look at one validation image."""
+    model, state = copy.deepcopy(args.start), {"epoch": 0, "history": []}
+    with t.Progress(1, 0, quiet=True) as bar:
+        t.train(model, split, args, state, lambda state: None, bar)
 
 
 def epoch_of_plain(t, split, args, warp_items: bool) -> None:
-    """The same network, warps and losses as a tutorial trains them: a DataLoader, float32, NCHW, Adam's default.
+    """The same network, warps and losses as a tutorial trains them: DataLoader, float32, NCHW.
 
-    With `warp_items` each image is warped as the Dataset hands it out, as transforms are; else the batch is, as here.
+    With `warp_items` each image is warped as the Dataset hands it out; else the batch is, as here.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -53,7 +55,7 @@ def epoch_of_plain(t, split, args, warp_items: bool) -> None:
         def __getitem__(self, i):
             return t.augment(split.train[i : i + 1], generator)[0] if warp_items else split.train[i]
 
-    model = t.VAE(args.start, True)
+    model = copy.deepcopy(args.start).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr)
     for batch in DataLoader(Items(), args.batch_size, shuffle=True):
         x = t.to_pixels(batch if warp_items else t.augment(batch, generator)).contiguous()
@@ -70,9 +72,10 @@ def epoch_of_plain(t, split, args, warp_items: bool) -> None:
 def speed(t, split, args) -> None:
     """Images a second of one epoch, both sides in turn, the ratio of the medians."""
     split = split._replace(train=split.train[: args.images], validation=split.validation[:1])
-    args.start = t.principal_components(split.train, args.latent_dim, 1.0)
-    args.epochs = 1
-    args.prior = "normal"  # the fit of the prior after the last epoch is no part of a step
+    args.epochs, args.kl_weight = 1, 1.0
+    t.seed_all(0)
+    args.start = t.VAE(args.latent_dim, True)  # the same weights for every side
+    t.initialize(args.start, split.train, 1.0)
     sides = {
         "plain": partial(epoch_of_plain, warp_items=False),
         "plain, images warped one by one": partial(epoch_of_plain, warp_items=True),
@@ -84,7 +87,10 @@ def speed(t, split, args) -> None:
             begin = time.monotonic()
             side(t, split, args)
             seconds.setdefault(name, []).append(time.monotonic() - begin)
-    print(f"{torch.get_num_threads()} threads, {len(split.train)} images an epoch, {args.rounds} rounds in turn")
+    print(
+        f"{torch.get_num_threads()} threads, {len(split.train)} images an epoch, "
+        f"{args.rounds} rounds in turn"
+    )
     print("| training | images a second (median; range) | ours over it |\n| --- | --- | --- |")
     for name, measured in seconds.items():
         low, middle, high = (len(split.train) / f(measured) for f in (max, statistics.median, min))
@@ -93,13 +99,17 @@ def speed(t, split, args) -> None:
 
 
 class ExampleVAE(nn.Module):
-    """The multilayer perceptron of pytorch/examples: D-400-20-400-D; for faces, with one learned σ."""
+    """The multilayer perceptron of pytorch/examples: D-400-20-400-D; for faces with one σ."""
 
     def __init__(self, t):
         super().__init__()
         pixels = math.prod(t.SHAPE)
-        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 400), nn.ReLU(), nn.Linear(400, 40))
-        self.network = nn.Sequential(nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, pixels), nn.Unflatten(1, t.SHAPE))
+        self.encoder = nn.Sequential(
+            nn.Flatten(), nn.Linear(pixels, 400), nn.ReLU(), nn.Linear(400, 40)
+        )
+        self.network = nn.Sequential(
+            nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, pixels), nn.Unflatten(1, t.SHAPE)
+        )
         self.log_sigma = nn.Parameter(torch.tensor(-1.0))
 
     def forward(self, x):
@@ -110,7 +120,7 @@ class ExampleVAE(nn.Module):
 
 
 class PythaeVAE(nn.Module):
-    """pythae's convolutional VAE for 28 x 28 or 64 x 64 images, its losses replaced by ours so that nats compare."""
+    """pythae's convolutional VAE, its losses replaced by ours so that nats compare."""
 
     def __init__(self, t):
         super().__init__()
@@ -119,33 +129,50 @@ class PythaeVAE(nn.Module):
 
         config = VAEConfig(input_dim=t.SHAPE, latent_dim=min(t.LATENT_DIM, 256))
         if t is vae_mnist:
-            self.encoder, self.decoder = mnist.Encoder_Conv_VAE_MNIST(config), mnist.Decoder_Conv_AE_MNIST(config)
+            self.encoder, self.decoder = (
+                mnist.Encoder_Conv_VAE_MNIST(config),
+                mnist.Decoder_Conv_AE_MNIST(config),
+            )
         else:
-            self.encoder, self.decoder = celeba.Encoder_Conv_VAE_CELEBA(config), celeba.Decoder_Conv_AE_CELEBA(config)
+            self.encoder, self.decoder = (
+                celeba.Encoder_Conv_VAE_CELEBA(config),
+                celeba.Decoder_Conv_AE_CELEBA(config),
+            )
         self.log_sigma = nn.Parameter(torch.tensor(-1.0))
 
     def forward(self, x):
         code = self.encoder(x)
         mu, logvar = code.embedding, code.log_covariance
-        image = self.decoder(mu + (logvar / 2).exp() * torch.randn_like(mu)).reconstruction  # in [0, 1]
+        image = self.decoder(
+            mu + (logvar / 2).exp() * torch.randn_like(mu)
+        ).reconstruction  # in [0, 1]
         kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
-        return image.clamp(1e-6, 1 - 1e-6).logit() if len(x[0]) == 1 else (image, self.log_sigma), kl
+        return image.clamp(1e-6, 1 - 1e-6).logit() if len(x[0]) == 1 else (
+            image,
+            self.log_sigma,
+        ), kl
 
 
 def peers(t, split, args) -> None:
-    """Test -ELBO of each peer after --seconds of training, its best epoch chosen on validation images."""
+    """Test -ELBO of each peer after --seconds of training, its best epoch by validation."""
 
     def score(model, images) -> float:
         with torch.no_grad():
             total = 0.0
-            for batch in images[:].split(200):
+            for batch in images.split(200):
                 x = t.to_pixels(batch)
                 params, kl = model(x)
                 total += (kl - t.log_prob(params, x)).sum().item()
         return total / len(images)
 
-    print("| model | parameters | epochs | test -ELBO (nats) | bits/dim |\n| --- | --- | --- | --- | --- |")
-    for name, build in {"pytorch/examples' MLP": ExampleVAE, "pythae's convolutional VAE": PythaeVAE}.items():
+    print(
+        "| model | parameters | epochs | test -ELBO (nats) | bits/dim |\n"
+        "| --- | --- | --- | --- | --- |"
+    )
+    for name, build in {
+        "pytorch/examples' MLP": ExampleVAE,
+        "pythae's convolutional VAE": PythaeVAE,
+    }.items():
         t.seed_all(0)
         model, epochs, best, test = build(t), 0, math.inf, math.inf
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -170,8 +197,10 @@ def peers(t, split, args) -> None:
 
 
 def judge_digits(t, split, args, model, seed: int, draws: torch.Tensor) -> None:
-    """Share of images that a classifier tells with confidence .9, and how often each digit comes."""
-    labels = torch.from_numpy(np.load(args.data, allow_pickle=False)["label"])
+    """Share of images told with confidence .9, and how often each digit comes."""
+    labels = np.load(args.data, allow_pickle=False)["label"]
+    dealt = t.split_images(labels, 0, None)  # as the images are
+    labels = torch.from_numpy(labels)
     t.seed_all(0)
     layers = []
     for inputs, outputs in ((1, 32), (32, 64), (64, 64)):
@@ -183,7 +212,7 @@ def judge_digits(t, split, args, model, seed: int, draws: torch.Tensor) -> None:
     for epoch in range(epochs):
         for step, batch in enumerate(torch.randperm(len(split.train)).split(64)):
             x = t.to_pixels(t.augment(split.train[batch], t.seed_all(epoch, step)))
-            loss = F.cross_entropy(classifier(x), labels[split.train.rows[batch]])
+            loss = F.cross_entropy(classifier(x), dealt.train[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -192,43 +221,69 @@ def judge_digits(t, split, args, model, seed: int, draws: torch.Tensor) -> None:
 
     @torch.no_grad()
     def tell(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.cat([classifier(t.to_pixels(part)) for part in images.split(250)]).softmax(1).max(1)
+        return (
+            torch.cat([classifier(t.to_pixels(part)) for part in images.split(250)])
+            .softmax(1)
+            .max(1)
+        )
 
-    right = (tell(split.test[:])[1] == labels[split.test.rows]).float().mean()
+    right = (tell(split.test)[1] == dealt.test).float().mean()
     print(f"classifier right on {right:.4f} of {len(split.test)} held-out digits")
-    again = t.evaluate(model, split.test[:], seed)["reconstructed"]
+    again = t.evaluate(model, split.test, seed)["reconstructed"]
     print("| images | told with confidence .9 or more |\n| --- | --- |")
-    for name, images in {"real, held out": split.test[:], "reconstructed": again, "samples": draws}.items():
+    for name, images in {
+        "real, held out": split.test,
+        "reconstructed": again,
+        "samples": draws,
+    }.items():
         confidence, digit = tell(images)
         print(f"| {name} ({len(images)}) | {(confidence >= 0.9).float().mean():.3f} |")
-    share = torch.bincount(digit, minlength=10) / len(draws) / (torch.bincount(labels, minlength=10) / len(labels))
-    print("frequency of each digit among the samples over that in the data: " + " ".join(f"{v:.2f}" for v in share))
+    share = (
+        torch.bincount(digit, minlength=10)
+        / len(draws)
+        / (torch.bincount(labels, minlength=10) / len(labels))
+    )
+    print(
+        "frequency of each digit among the samples over that in the data: "
+        + " ".join(f"{v:.2f}" for v in share)
+    )
 
 
 def judge_faces(t, split, args, model, seed: int, draws: torch.Tensor) -> None:
-    """Share with a face, sharpness (variance of the Laplacian) and spread (mean pairwise distance)."""
+    """Share with a face, sharpness (variance of the Laplacian), spread (mean pairwise distance)."""
     import cv2
 
     cascade = cv2.CascadeClassifier(str(args.cascade))
-    again = t.evaluate(model, split.test[:], seed)["reconstructed"]
+    again = t.evaluate(model, split.test, seed)["reconstructed"]
     print("| images | face | sharpness | spread |\n| --- | --- | --- | --- |")
-    for name, images in {"real, held out": split.test[:], "reconstructed": again, "samples": draws}.items():
+    for name, images in {
+        "real, held out": split.test,
+        "reconstructed": again,
+        "samples": draws,
+    }.items():
         found, sharp = 0, []
-        for image in t.channels_last_array(images):
+        for image in images.permute(0, 2, 3, 1).numpy():
             grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
             sharp.append(cv2.Laplacian(grey, cv2.CV_64F).var())
-            boxes = cascade.detectMultiScale(cv2.equalizeHist(grey), scaleFactor=1.05, minNeighbors=3, minSize=(24, 24))
+            boxes = cascade.detectMultiScale(
+                cv2.equalizeHist(grey), scaleFactor=1.05, minNeighbors=3, minSize=(24, 24)
+            )
             found += len(boxes) > 0
         flat = images[:500].flatten(1).float() / 255
         spread = torch.pdist(flat).mean()
-        print(f"| {name} ({len(images)}) | {found / len(images):.3f} | {np.mean(sharp):.0f} | {spread:.1f} |")
+        print(
+            f"| {name} ({len(images)}) | {found / len(images):.3f} "
+            f"| {np.mean(sharp):.0f} | {spread:.1f} |"
+        )
 
 
 def samples(t, split, args) -> None:
     """Judge --count draws from the finished run's prior."""
     model, settings = t.load_finished(args.out / f"lambda-{args.kl_weight:g}", torch.device("cpu"))
     draws = t.draw_samples(model, args.count, settings["seed"])
-    (judge_digits if t is vae_mnist else judge_faces)(t, split, args, model, settings["seed"], draws)
+    (judge_digits if t is vae_mnist else judge_faces)(
+        t, split, args, model, settings["seed"], draws
+    )
 
 
 def main() -> None:

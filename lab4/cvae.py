@@ -1,35 +1,40 @@
-"""Turn the tense of English verbs, and invent verbs from noise, with a conditional sequence-to-sequence VAE.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["filelock==4.2.12", "matplotlib==3.11.2", "nltk==3.10.4", "pandas==3.1.1",
+#                 "torch==2.13.0", "tqdm==4.70.1"]
+# ///
+"""Turn the tense of English verbs, and invent verbs from noise, with a conditional sequence VAE.
 
-A verb x_i in tense c_i becomes q(z|x_i, c_i), a Gaussian over codes z; from a code the decoder spells x_j, the same
-verb in any tense c_j. For every q, by Jensen's inequality (Sohn et al. 2015, eq. 4; Kingma and Welling 2014, eq. 3),
+A verb x_i in tense c_i becomes q(z|x_i, c_i), a Gaussian over codes z; from a code the decoder
+spells x_j, the same verb in any tense c_j. For every q, by Jensen's inequality (Sohn et al. 2015,
+eq. 4; Kingma and Welling 2014, eq. 3),
 
     log p(x_j|c_j) = log E q(z|x_i,c_i) [p(x_j|z,c_j) p(z) / q(z|x_i,c_i)]
-                  >= E q(z|x_i,c_i) [log p(x_j|z,c_j)] - KL(q(z|x_i,c_i) || p(z)),        p(z) = N(0, I)
-    loss           = reconstruction + w KL, nats per word; the schedule of w is --kl-schedule (Fu et al. 2019)
+                  >= E q(z|x_i,c_i) [log p(x_j|z,c_j)] - KL(q(z|x_i,c_i) || p(z)),  p(z) = N(0, I)
+    loss           = reconstruction + w KL, nats per word; w follows --kl-schedule
 
-z does not depend on c_j, so one code has to serve all four tenses: what it holds is the verb and not the form. Later in
-training the decoder also learns to spell draws of N(0, I), each as the verb that it is likeliest a code of.
+z does not depend on c_j, so one code has to serve all four tenses: what it holds is the verb and
+not the form. Later in training the decoder also learns to spell draws from N(0, I), each as the
+verb that it is likeliest a code of.
 
-    python lab4/cvae.py                             train.txt and test.txt in data/, else the bundled sample
-    python lab4/cvae.py --convert walk --to past    with the trained model
-    python lab4/cvae.py --generate 10               verbs from N(0, I)
-    python lab4/cvae.py --holdout 100               how well it turns verbs that it never saw
-    python lab4/cvae.py --compare-schedules         monotonic beside cyclical
+    python lab4/cvae.py                           train.txt and test.txt in data/, else the sample
+    python lab4/cvae.py --convert walk --to past  also: --generate 10, --interpolate walk send
+    python lab4/cvae.py --holdout 100             how well it turns verbs that it never saw
 
-It leaves tables, figures, metrics.json and the model in runs/cvae/.
+Tables, a figure and the model go to runs/cvae/. On the course's file, six minutes on one core:
+BLEU-4 1.000, .80 of 10,000 draws are a training line; --holdout 100: .88 of unseen conversions.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
 import copy
-import csv
 import hashlib
+import io
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -38,446 +43,146 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
-import numpy as np
+# else waiting threads spin: 2.6 times as slow beside another job
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pandas as pd
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
+from filelock import FileLock
+from matplotlib.figure import Figure
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+from torch import Generator, Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there, keeping two runs out of one folder is up to the user
-    fcntl = None
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+VERSION = "cvae 2"  # stands in each checkpoint
 HERE = Path(__file__).resolve().parent
 SOURCE = "The real train.txt and test.txt are the course's files; put them into data/"
 TENSES = ("present", "third-person", "progressive", "past")  # the order of a line of train.txt
 SHORT = {"sp": 0, "tp": 1, "pg": 2, "p": 3}  # as test.txt's third column writes them: sp->p
-COURSE_TESTS = ((0, 3), (0, 2), (0, 1), (0, 1), (3, 1), (0, 2), (3, 0), (2, 0), (2, 3), (2, 1))  # its test.txt has none
-START, END, TOKENS = 0, 27, 28  # a to z are 1 to 26
+# The course's own test.txt has ten pairs without that column, in these tenses
+COURSE = ((0, 3), (0, 2), (0, 1), (0, 1), (3, 1), (0, 2), (3, 0), (2, 0), (2, 3), (2, 1))
+ALPHABET = "^abcdefghijklmnopqrstuvwxyz$"  # a letter's integer; a word begins at ^, ends with $
+START, END, TOKENS = 0, 27, len(ALPHABET)  # ^ also fills what comes after $
 MAX_LETTERS = 20  # of a word; the longest in the course's file has 15
-SCHEDULES = ("monotonic", "cyclical", "constant")
-# Where nothing else is asked for: (alone, with --holdout). Seven nats name a verb of the file, and codes that hold no
-# more fill N(0, I); a verb never seen has to be spelled out, in many more, and learned from many made-up ones.
-DEFAULTS = {
-    "latent_dim": (4, 48),
-    "kl_max": (0.3, 0.02),
-    "invented": (0.0, 3.0),
-    "prior_draws": (1.0, 0.0),
-    "epochs": (150, 80),
-    "batch_size": (64, 32),
-    "lr": (4e-3, 3e-3),
-}
+WORD = rf"([a-z]{{1,{MAX_LETTERS}}})"
 LETTER_DIM, TENSE_DIM = 64, 16  # widths of the embeddings
 MAX_NORM = 1.0  # of the gradient
-PRIOR_FROM = 0.4  # share of the steps after which the decoder learns from prior draws too
+PRIOR_FROM = 0.4  # share of the epochs after which the decoder learns from prior draws too
 RAMP = 0.3  # share of a schedule in which the KL weight grows
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# arguments
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-# fmt: off
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    otherwise = {name: f"otherwise {alone:g}, with --holdout {held_out:g}" for name, (alone, held_out) in
-                 DEFAULTS.items()}
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0],
-                                     formatter_class=Help)
-    parser.error = fail  # a mistake is one line here as everywhere
-    add = parser.add_argument_group("run").add_argument
-    add("--data", type=Path, metavar="DIR", help="folder with train.txt and test.txt; otherwise data/ beside the "
-        "script or its folder, or the bundled data/sample/")
-    add("--out", type=Path, metavar="DIR", default=Path("runs/cvae"), help="folder for what a run leaves")
-    add("--resume", action="store_true", help="go on with the interrupted run in --out")
-    add("--convert", metavar="VERB", help="turn a verb with the model in --out")
-    add("--from", choices=TENSES, default="present", dest="from_tense", help="tense of --convert's verb")
-    add("--to", choices=TENSES, default="past", dest="to_tense", help="tense to turn it to")
-    add("--generate", type=positive, metavar="N", help="spell N codes from N(0, I) with the model in --out")
-    add("--interpolate", nargs=2, metavar="VERB", help="verbs between two, in the present, with the model in --out")
-    add("--compare-schedules", action="store_true", help="a run for the monotonic and one for the cyclical KL weight, "
-        "and a figure of both")
-    add("--seed", type=seed, default=0, help="of held-out verbs, weights, batches and noise")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train")
-    add("--limit", type=positive, metavar="N", help="train on N random verbs only, for a first look")
-    add("--holdout", type=not_negative_int, default=0, metavar="N", help="leave N random verbs and those of test.txt "
-        "out of training, and score all conversions of the N")
-    add = parser.add_argument_group("model").add_argument
-    add("--latent-dim", type=positive, metavar="K", help=f"dimensions of z; {otherwise['latent_dim']}")
-    add("--hidden-dim", type=positive, default=256, help="width of the GRUs")
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=positive, metavar="N", help=f"passes over the verbs; {otherwise['epochs']}")
-    add("--batch-size", type=positive, metavar="N", help="verbs a step, each read in one tense and spelled in two; "
-        f"{otherwise['batch_size']}")
-    add("--lr", type=positive_float, metavar="RATE", help=f"peak learning rate of Adam; {otherwise['lr']}")
-    add("--kl-schedule", choices=SCHEDULES, default="monotonic", help="how the KL weight gets to --kl-max: once, over "
-        "and over, or at once")
-    add("--kl-cycles", type=positive, default=4, help="of the cyclical schedule")
-    add("--kl-max", type=not_negative, metavar="WEIGHT", help="of the KL in the loss, at its largest; "
-        f"{otherwise['kl_max']}")
-    add("--invented", type=not_negative, metavar="RATIO", help="made-up verbs for each real one in a batch; "
-        f"{otherwise['invented']}")
-    add("--prior-draws", type=not_negative, metavar="RATIO", help="codes from N(0, I) for each verb in a batch, which "
-        f"the decoder learns to spell as the likeliest verb; {otherwise['prior_draws']}")
-    add("--teacher-forcing", type=share, default=0.9, metavar="SHARE", help="of the letters that the decoder is given, "
-        "those that are right, in the last epoch; in the first all are")
-    args = parser.parse_args(argv)
-    for name, choices in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, choices[args.holdout > 0])
-    return args
-# fmt: on
+# Defaults that --holdout changes. Seven nats name a verb of the file, and codes that hold no more
+# fill N(0, I); a verb never seen is spelled out, in many more nats, learned from made-up verbs.
+WITH_HOLDOUT = {"latent_dim": 48, "kl_max": 0.02, "invented": 3.0, "prior_draws": 0.0}
+WITH_HOLDOUT |= {"epochs": 80, "batch_size": 32, "lr": 3e-3}
+RANGES = {"seed": (0, 2**32 - 1), "limit": (2, math.inf), "holdout": (0, math.inf)}
+RANGES |= dict.fromkeys(["epochs", "batch_size", "kl_cycles", "generate"], (1, math.inf))
+RANGES |= dict.fromkeys(["latent_dim", "hidden_dim"], (1, 10_000))
+RANGES |= dict.fromkeys(["invented", "prior_draws", "kl_max"], (0, 1000))
+RANGES |= {"lr": (1e-9, 10), "teacher_forcing": (0, 1)}
 
 
-def checked(convert: Callable, holds: Callable, what: str) -> Callable:
-    """An argparse type: `convert` the word, then refuse a value for which `holds` is false (nan always is)."""
+# --------------------------------------------------------------------------------------------------
+# data: verbs -> letters -> integers -> batches
+# --------------------------------------------------------------------------------------------------
 
-    def parse(text: str):
-        try:
-            value = convert(text)
-        except ValueError:
-            value = math.nan
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
-
-    return parse
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Names each flag's default, where it has one to name."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-
-positive = checked(int, lambda v: v >= 1, "a whole number from 1 up")
-seed = checked(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295")
-positive_float = checked(float, lambda v: 0 < v < math.inf, "a positive number")
-not_negative = checked(float, lambda v: 0 <= v < math.inf, "a number from 0 up")
-not_negative_int = checked(int, lambda v: v >= 0, "a whole number from 0 up")
-share = checked(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# errors, devices, run folders, checkpoints (the same to the letter in every script of this project)
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def fail(message: str) -> NoReturn:
-    """End the program over a user's mistake: one line on stderr, exit code 2."""
-    print("error:", *message.splitlines(), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def seed_all(*numbers: int) -> torch.Generator:
-    """Seed torch, and return a CPU generator, from `numbers` such as (seed, fold, epoch, step).
-
-    Noise is a function of its place in the run, so a resumed run needs no generator state to repeat it.
-    """
-    seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is a GPU when there is one. Under torchrun each process takes its own GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        if name == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError):
-        fail(f"--device {name}: torch finds no such device for this process. Use --device cpu, or fewer processes")
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 matrix products where the processor has them: every CUDA GPU since Ampere, a CPU with avx512_bf16."""
-    bf16 = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type != "mps")
-
-
-def start_processes(device: torch.device) -> tuple[int, int]:
-    """(rank, world size): (0, 1) alone, else of the group that torchrun started."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
-stop_signals: list[int] = []  # what has arrived; the training loop looks here after each batch
-
-
-def catch_signals(finish_batch: bool) -> None:
-    """Let Ctrl-C and SIGTERM wait for the end of the batch, or else raise KeyboardInterrupt; a second one kills."""
-
-    def handler(number: int, frame) -> None:
-        stop_signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        if not finish_batch:
-            raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-    if stop_signals and not finish_batch:  # one came after the last batch
-        raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`, moved into place when the block ends well: no reader sees half a file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # so that not even a power cut leaves half of it
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and path.suffix != ".pt":
-            raise
-        reason = error.strerror if isinstance(error, OSError) else "torch.save broke off: is the disk full?"
-        fail(f"{path}: cannot be written ({reason}). Make room, then go on with --resume")
-    finally:
-        with contextlib.suppress(OSError):  # on a disk that has become read-only not even a missing file can be removed
-            temporary.unlink()
-
-
-def write_json(path: Path, value: dict) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-
-
-held_locks: list[int] = []  # file descriptors of locked run folders; closed when main ends
-
-
-def open_run(folder: Path, resume: bool, config: dict) -> None:
-    """Make and lock the run's folder, leave config.json there; without `resume`, keep what stood there as .previous."""
-    if folder.name in ("", ".."):
-        fail(f"{folder}: a run needs a folder with a name. Name one with --out")
-    try:
-        for attempt in range(2):
-            folder.mkdir(parents=True, exist_ok=True)
-            if fcntl:  # the lock is freed when the process ends, however it ends
-                held_locks.append(os.open(folder, os.O_RDONLY))
-                fcntl.flock(held_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for stale in folder.glob(".*.tmp"):
-                stale.unlink()
-            names = {path.name for path in folder.iterdir() if path.is_file()}
-            if names and "config.json" not in names:
-                fail(f"{folder}: holds files that no run left there. Name another folder with --out")
-            if resume or attempt or names <= {"config.json"}:
-                break
-            previous = folder.with_name(folder.name + ".previous")
-            shutil.rmtree(previous, ignore_errors=True)
-            folder.rename(previous)
-        write_json(folder / "config.json", config)
-    except BlockingIOError:
-        fail(f"{folder}: another run is writing there. Wait for it, or name another folder with --out")
-    except OSError as error:
-        fail(f"{folder}: cannot be written ({error.strerror}). Name another folder with --out")
-
-
-def describe_run(args: argparse.Namespace, hashes: dict[str, str]) -> dict:
-    """What config.json says: arguments, data, versions, commit."""
-    try:
-        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=HERE, stderr=subprocess.DEVNULL, text=True)
-    except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
-        commit = ""
-    return {
-        "arguments": vars(args),
-        "sha256": hashes,
-        "seed": args.seed,
-        "commit": commit.strip() or None,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-    }
-
-
-def load_checkpoint(path: Path, script: str, settings: dict) -> dict:
-    """Read a checkpoint of `script` trained with `settings`; anything else ends the program. Runs no code from it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(damaged)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the bytes lead it into
-        fail(f"{path}: not a checkpoint that can be read ({type(error).__name__}). Move it away, or give another --out")
-    if not isinstance(state, dict) or state.get("script") != script or not isinstance(state.get("settings"), dict):
-        fail(f"{path}: not a checkpoint of {script}. Move it away, or give another --out")
-    for name, value in settings.items():
-        if state["settings"].get(name) != value:
-            there = state["settings"].get(name)
-            fail(f"{path}: trained with {name} {there}, not {value}. Give it the same, or start over without --resume")
-    return state
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# data: verbs -> letters -> integers
-# ----------------------------------------------------------------------------------------------------------------------
+Verb = tuple[str, ...]  # its four forms in the order of TENSES
+Conversion = tuple[str, str, int, int]  # a word, the same verb in another tense, and both tenses
 
 
 class Verbs(NamedTuple):
-    """What a run learns from and is scored on; a verb is its four forms in the order of TENSES."""
-
-    train: list[tuple[str, ...]]  # N verbs
-    held_out: list[tuple[str, ...]]
-    tests: list[tuple[str, str, int, int]]  # input, target, and the tense of each
+    train: list[Verb]
+    held_out: list[Verb]
+    tests: list[Conversion]
+    unseen: frozenset[str]  # forms kept from training: no made-up verb may have them either
     hashes: dict[str, str]  # sha256 of each file
 
 
-def find_data(folder: Path | None) -> Path:
-    """The folder to read: the one given, else data/ beside the script or its folder, else the bundled sample there."""
-    if folder is not None:
-        return folder
-    for path in (HERE / "data", HERE.parent / "data", HERE.parent / "data" / "sample"):
-        if (path / "train.txt").exists():
-            return path
-    fail(f"no data/train.txt beside {Path(__file__).name}. {SOURCE}, or name their folder with --data")
+def read_lines(path: Path, pattern: str = "(.*)", form: str = "text") -> list[tuple[str, ...]]:
+    """What the groups of `pattern` find in each line that is not blank."""
+    with one_line(path, f"{SOURCE}, or name their folder with --data"):
+        text = path.read_bytes().decode("ascii").splitlines()
+        lines = {number: line.strip() for number, line in enumerate(text, 1) if line.strip()}
+        for number, line in lines.items():
+            if not re.fullmatch(pattern, line):
+                raise ValueError(f"line {number}, {line[:60]!r}, is not {form}")
+        if not lines:
+            raise ValueError("is empty")
+    return [re.fullmatch(pattern, line).groups() for line in lines.values()]
 
 
-def read_lines(path: Path) -> tuple[list[list[str]], str]:
-    """The words of each line that has any, and the file's sha256. Every way to be malformed ends the program."""
-    try:
-        raw = path.read_bytes()
-        lines = [line.split() for line in raw.decode("ascii").splitlines()]
-    except OSError as error:
-        fail(f"{path}: {error.strerror}. {SOURCE}, or name their folder with --data")
-    except UnicodeDecodeError as error:
-        fail(f"{path}: byte 0x{raw[error.start]:02x} at offset {error.start} is no letter a to z. Write words in these")
-    if not any(lines):
-        fail(f"{path}: is empty. Give a verb a line")
-    return lines, hashlib.sha256(raw).hexdigest()
+def read_train(path: Path) -> list[Verb]:
+    """The verbs of train.txt; repeated lines and those whose third word lacks -ing are left out."""
+    form = f"four words of up to {MAX_LETTERS} small letters a to z: {', '.join(TENSES)}"
+    lines = read_lines(path, r"\s+".join([WORD] * len(TENSES)), form)
+    odd = [" ".join(line) for line in lines if not line[2].endswith("ing")]
+    verbs = list(dict.fromkeys(verb for verb in lines if verb[2].endswith("ing")))
+    if left_out := len(lines) - len(verbs):
+        why = f"repeated, or with no progressive as third word: {', '.join(odd[:12]) or 'none'}"
+        print(f"warning   {path}: {left_out} lines left out, {why}")
+    return verbs
 
 
-def check_word(word: str, where: str) -> str:
-    if not (word.isascii() and word.isalpha() and word.islower()):
-        fail(f"{where}: {word[:40]!r} is not made of the letters a to z. Write it in small letters")
-    if len(word) > MAX_LETTERS:
-        fail(f"{where}: {word[:40]!r} has {len(word)} letters, more than {MAX_LETTERS}. Leave it out")
-    return word
-
-
-def read_train(path: Path) -> tuple[list[tuple[str, ...]], str]:
-    """The verbs of train.txt. A repeated line counts once; one whose third word is no -ing form is left out."""
-    lines, sha256 = read_lines(path)
-    verbs: dict[tuple[str, ...], None] = {}
-    repeated, out_of_order = [], []
-    for number, words in enumerate(lines, 1):
-        if not words:
-            continue
-        if len(words) != len(TENSES):
-            fail(f"{path}: line {number} has {len(words)} words, not 4. Write {' '.join(TENSES)}")
-        verb = tuple(check_word(word, f"{path}: line {number}") for word in words)
-        if not verb[2].endswith("ing"):
-            out_of_order.append(f"line {number} ({' '.join(verb)})")
-        elif verb in verbs:
-            repeated.append(verb[0])
-        else:
-            verbs[verb] = None
-    if repeated:
-        print(f"warning   {path}: {len(repeated)} repeated lines counted once: {', '.join(repeated[:12])}")
-    if out_of_order:
-        print(f"warning   {path}: {len(out_of_order)} lines left out, since their third word is no progressive: "
-              f"{', '.join(out_of_order[:12])}")  # fmt: skip
-    if len(verbs) < 2:
-        fail(f"{path}: {len(verbs)} verbs are too few. Give two or more")
-    return list(verbs), sha256
-
-
-def read_test(path: Path) -> tuple[list[tuple[str, str, int, int]], str]:
-    """The pairs of test.txt: their tenses from a third column such as sp->p, or, of ten bare pairs, the course's."""
-    lines, sha256 = read_lines(path)
-    lines = [(number, words) for number, words in enumerate(lines, 1) if words]
-    bare = all(len(words) == 2 for _, words in lines)
-    if bare and len(lines) != len(COURSE_TESTS):
-        fail(f"{path}: {len(lines)} pairs without tenses; only the course's ten are known. Add a third column: sp->p")
-    tests = []
-    for row, (number, words) in enumerate(lines):
-        if bare:
-            pair = COURSE_TESTS[row]
-        else:
-            names = "".join(words[2:]).split("->")  # "sp -> p" is three words
-            if len(names) != 2 or not all(name in SHORT for name in names):
-                fail(f"{path}: line {number} has no tenses such as sp->p in a third column. The names: "
-                     f"{', '.join(SHORT)}")  # fmt: skip
-            pair = (SHORT[names[0]], SHORT[names[1]])
-        where = f"{path}: line {number}"
-        tests.append((check_word(words[0], where), check_word(words[1], where), *pair))
-    return tests, sha256
+def read_test(path: Path) -> list[Conversion]:
+    """The pairs of test.txt; their tenses are in a third column or, of ten pairs, the course's."""
+    tense = f"({'|'.join(SHORT)})"
+    form = f"two words and their tenses of {', '.join(SHORT)}, such as: go went sp->p"
+    lines = read_lines(path, rf"{WORD}\s+{WORD}(?:\s+{tense}\s*->\s*{tense})?", form)
+    bare = [line[:2] for line in lines if not line[2]]
+    if len(bare) == len(lines) == len(COURSE):
+        return [(*pair, *tenses) for pair, tenses in zip(bare, COURSE, strict=True)]
+    if bare:
+        fail(f"{path}: {len(bare)} pairs without tenses, such as {' '.join(bare[0])}. Write {form}")
+    return [(*line[:2], SHORT[line[2]], SHORT[line[3]]) for line in lines]
 
 
 def read_verbs(folder: Path, holdout: int, limit: int | None, seed: int) -> Verbs:
-    """Read both files. With `holdout`, that many verbs at random and those of the test pairs are kept from training."""
-    lines, train_hash = read_train(folder / "train.txt")
-    tests, test_hash = read_test(folder / "test.txt")
-    held_out: list[tuple[str, ...]] = []
-    if holdout:
-        tested = {word for test in tests for word in test[:2]}
-        lines = [verb for verb in lines if not tested & set(verb)]
-    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed)).tolist()
-    if holdout:
-        if holdout > len(lines) - 2:
-            fail(f"--holdout {holdout}: {folder / 'train.txt'} has {len(lines)} verbs that are in no test pair; "
-                 "two must be left to train on")  # fmt: skip
-        forms = {word for row in order[:holdout] for word in lines[row]}
-        held_out = [lines[row] for row in order[:holdout]]
-        order = [row for row in order[holdout:] if not forms & set(lines[row])]  # lie, lay: a form in two lines
-    train = [lines[row] for row in sorted(order[:limit])]
-    if not train:
-        fail(f"{folder / 'train.txt'}: all other verbs share a form with those held out. Lower --holdout {holdout}")
+    """Read both files. `holdout` random verbs and those of the tests are kept from training."""
+    verbs, tests = read_train(folder / "train.txt"), read_test(folder / "test.txt")
+    tested = {word for test in tests for word in test[:2]} if holdout else set()
+    verbs = [verb for verb in verbs if tested.isdisjoint(verb)]
+    order = torch.randperm(len(verbs), generator=Generator().manual_seed(seed)).tolist()
+    held_out = [verbs[row] for row in order[:holdout]]
+    unseen = tested.union(*held_out)
+    # lie and lay share a form: where one is held out, the other is not trained on either
+    rows = [row for row in order[holdout:] if unseen.isdisjoint(verbs[row])]
+    train = [verbs[row] for row in sorted(rows[:limit])]
+    if len(train) < 2:
+        fail(f"{folder}: {len(train)} verbs to train on are too few. Now --holdout is {holdout}")
     print(f"verbs     {len(train)} for training, {len(held_out)} held out, {len(tests)} test pairs")
-    return Verbs(train, held_out, tests, {"train.txt": train_hash, "test.txt": test_hash})
+    files = (folder / "train.txt", folder / "test.txt")
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return Verbs(train, held_out, tests, frozenset(unseen), hashes)
 
 
-def encode_words(words: list[str]) -> torch.Tensor:
-    """N words -> integers (N, T), each word's letters and then END up to the longest."""
-    width = max(map(len, words)) + 1
-    letters = [[ord(letter) - ord("a") + 1 for letter in word] for word in words]
-    return torch.tensor([row + [END] * (width - len(row)) for row in letters])
+def encode_words(words: list[str]) -> Tensor:
+    """N words -> integers (N, T): each word's letters, then $, then ^ up to the longest."""
+    rows = [[ALPHABET.index(letter) for letter in word + "$"] for word in words]
+    width = max(map(len, rows))
+    return torch.tensor([row + [START] * (width - len(row)) for row in rows])
 
 
-def decode_words(tokens: torch.Tensor) -> list[str]:
-    """Integers (N, T) -> N words, each up to its first END."""
-    spelled = ["".join(chr(ord("a") + token - 1) for token in row) for row in tokens.tolist()]
-    return [word.partition(chr(ord("a") + END - 1))[0] for word in spelled]
-
-
-def verb_tensor(verbs: list[tuple[str, ...]]) -> torch.Tensor:
+def verb_tensor(verbs: list[Verb]) -> Tensor:
     """N verbs -> (N, 4, T)."""
-    return encode_words([word for verb in verbs for word in verb]).unflatten(0, (-1, len(TENSES)))
-
-
-def until_end(tokens: torch.Tensor) -> torch.Tensor:
-    """(N, T) -> true for each letter and the first END: what is to be spelled."""
-    return F.pad(tokens != END, (1, 0), value=True)[:, : tokens.shape[1]]
+    return encode_words([form for verb in verbs for form in verb]).unflatten(0, (-1, len(TENSES)))
 
 
 def invent_verbs(
-    verbs: list[tuple[str, ...]], count: int, generator: torch.Generator, unseen: frozenset[str] = frozenset()
-) -> list[tuple[str, ...]]:
-    """Up to `count` verbs that are none: a verb's head, cut from the stem of its forms, before another verb's tail.
+    verbs: list[Verb], count: int, generator: Generator, unseen: frozenset[str] = frozenset()
+) -> list[Verb]:
+    """Up to `count` verbs that are none: the head of one verb's stem before the tail of another's.
 
-    abandon and flounder give abounder, abounders, aboundering, aboundered: spelling and inflection without the verb.
-    A form in `unseen` is never made: dish and tip give dip, which may be held out.
+    abandon and flounder give abounder, abounders, aboundering, aboundered: inflection without the
+    verb. No form is in `unseen`: dish and tip would give dip, which may be held out.
     """
     stems = [len(os.path.commonprefix(verb)) for verb in verbs]
-    invented = []
+    invented: list[Verb] = []
     for _ in range(100 * count):  # verbs without common stems give none
-        if len(invented) == count:
-            break
         first, second = torch.randint(len(verbs), (2,), generator=generator).tolist()
         if min(stems[first], stems[second]) < 2:
             continue
@@ -486,598 +191,624 @@ def invent_verbs(
         verb = tuple(verbs[first][0][:head] + form[tail:] for form in verbs[second])
         if max(map(len, verb)) <= MAX_LETTERS and unseen.isdisjoint(verb):
             invented.append(verb)
+        if len(invented) == count:
+            break
     return invented
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def make_batch(
+    verbs: Verbs, rows: Tensor, invented: float, latent_dim: int, generator: Generator
+) -> list[Tensor]:
+    """The training verbs of `rows`, then `invented` made-up ones for each: B, in random tenses.
+
+    Returns the words to read (B, T) and their tenses (B,); the words to spell (2B, T), all verbs in
+    one tense and then all in another, and their tenses (2B,); noise (2B, k) from N(0, I).
+    """
+    chosen, count = [verbs.train[row] for row in rows], math.ceil(invented * len(rows))
+    chosen += invent_verbs(verbs.train, count, generator, verbs.unseen)
+    forms, each = verb_tensor(chosen), torch.arange(len(chosen))  # (B, 4, T), (B,)
+    shuffled = torch.rand(len(chosen), len(TENSES), generator=generator).argsort(1)  # (B, 4)
+    source_tense = torch.randint(len(TENSES), (len(chosen),), generator=generator)
+    target_tense = shuffled[:, :2].T.flatten()
+    noise = torch.randn(2 * len(chosen), latent_dim, generator=generator)
+    source, target = forms[each, source_tense], forms[each.repeat(2), target_tense]
+    return [source, source_tense, target, target_tense, noise]
+
+
+# --------------------------------------------------------------------------------------------------
 # model
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-class Encoder(nn.Module):
-    """A word (B, T) in a tense (B,) -> mu, logvar (B, k) each: a GRU both ways, started by the tense."""
+class CVAE(nn.Module):
+    """The encoder q(z|x_i, c_i), a GRU both ways, and the decoder p(x_j|z, c_j), another GRU.
 
-    def __init__(self, latent_dim: int, hidden_dim: int):
-        super().__init__()
-        self.letters = nn.Embedding(TOKENS, LETTER_DIM)
-        self.tense = nn.Embedding(len(TENSES), hidden_dim)
-        self.gru = nn.GRU(LETTER_DIM, hidden_dim, batch_first=True, bidirectional=True)
-        self.head = nn.Linear(2 * hidden_dim, 2 * latent_dim)
-        nn.init.constant_(self.head.bias[latent_dim:], -3.0)  # σ = .22 at the start: a code that can be read
-
-    def forward(self, words: torch.Tensor, tense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        lengths = until_end(words).sum(1).cpu()  # what comes after the first END is padding
-        packed = pack_padded_sequence(self.letters(words), lengths, batch_first=True, enforce_sorted=False)
-        _, last = self.gru(packed, self.tense(tense).repeat(2, 1, 1))  # (2, B, hidden): at the word's end, at its start
-        mu, logvar = self.head(torch.cat([*last], 1)).chunk(2, 1)
-        return mu, logvar.clamp(-12.0, 4.0)
-
-
-class Decoder(nn.Module):
-    """A code (B, k) and a tense (B,) -> logits of the letters, from a GRU whose first state is a network of the code.
-
-    The code is not told again with each letter: which verb it means is decided once, the same for all four tenses.
+    The decoder's first state is a network of the code, which is not told again with each letter:
+    which verb it means is decided once, the same for all four tenses.
     """
 
     def __init__(self, latent_dim: int, hidden_dim: int):
         super().__init__()
-        self.verb = nn.Sequential(
-            nn.Linear(latent_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU(),
-            nn.Linear(hidden_dim, hidden_dim), nn.Tanh(),
-        )  # fmt: skip
-        self.letters = nn.Embedding(TOKENS, LETTER_DIM)
-        self.tense = nn.Embedding(len(TENSES), TENSE_DIM)
-        self.gru = nn.GRU(LETTER_DIM + TENSE_DIM, hidden_dim, batch_first=True)
+        self.latent_dim = latent_dim
+        self.read_letters = nn.Embedding(TOKENS, LETTER_DIM)
+        self.read_tense = nn.Embedding(len(TENSES), hidden_dim)
+        self.reader = nn.GRU(LETTER_DIM, hidden_dim, batch_first=True, bidirectional=True)
+        self.posterior = nn.Linear(2 * hidden_dim, 2 * latent_dim)
+        nn.init.constant_(self.posterior.bias[latent_dim:], -3.0)  # σ = .22 can be read
+        layers = [nn.Linear(latent_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim)]
+        layers += [nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.Tanh()]
+        self.first_state = nn.Sequential(*layers)
+        self.write_letters = nn.Embedding(TOKENS, LETTER_DIM)
+        self.write_tense = nn.Embedding(len(TENSES), TENSE_DIM)
+        self.writer = nn.GRU(LETTER_DIM + TENSE_DIM, hidden_dim, batch_first=True)
         self.out = nn.Linear(hidden_dim, TOKENS)
 
-    def forward(self, z: torch.Tensor, tense: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T, 28) of the letters that follow each of `given` (B, T)."""
-        return self.spell(given, tense, self.verb(z))[0]
+    def encode(self, words: Tensor, tense: Tensor) -> tuple[Tensor, Tensor]:
+        """Words (B, T) in tenses (B,) -> mu and logvar (B, k) of q."""
+        letters, lengths = self.read_letters(words), (words != START).sum(1).cpu()
+        packed = pack_padded_sequence(letters, lengths, batch_first=True, enforce_sorted=False)
+        _, last = self.reader(packed, self.read_tense(tense).repeat(2, 1, 1))  # (2, B, hidden)
+        mu, logvar = self.posterior(torch.cat([*last], 1)).float().chunk(2, 1)
+        return mu, logvar.clamp(-12.0, 4.0)
 
-    def spell(self, given: torch.Tensor, tense: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Go on from `state` (B, hidden) over the letters `given`: logits (B, T, 28), and the state after them."""
-        tense = self.tense(tense)[:, None] * (given != START)[..., None]  # the first letter is the verb's, in any tense
-        states, last = self.gru(torch.cat([self.letters(given), tense], -1), state[None])
-        return self.out(states), last[0]
+    def decode(self, state: Tensor, tense: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        """From `state` (B, hidden) over `given` (B, T): logits (B, T, 28), and the state there."""
+        # the first letter is the verb's, in any tense
+        tense = self.write_tense(tense)[:, None] * (given != START)[..., None]  # (B, T, 16)
+        states, last = self.writer(torch.cat([self.write_letters(given), tense], -1), state[None])
+        return self.out(states).float(), last[0]
 
+    def forward(self, batch: list[Tensor], teacher_forcing: float) -> tuple[Tensor, Tensor]:
+        """Of what make_batch returns: reconstruction (B,), the mean of both tenses, and KL (B,).
 
-class CVAE(nn.Module):
-    """q(z|x_i, c_i), and p(x_j|z, c_j)."""
-
-    def __init__(self, latent_dim: int, hidden_dim: int):
-        super().__init__()
-        self.encoder, self.decoder = Encoder(latent_dim, hidden_dim), Decoder(latent_dim, hidden_dim)
+        Of the letters that the decoder is given, `teacher_forcing` are right and others guessed:
+        scheduled sampling (Bengio et al. 2015) in two passes (Mihaylova and Martins 2019).
+        """
+        source, source_tense, target, target_tense, noise = batch
+        mu, logvar = self.encode(source, source_tense)  # (B, k)
+        sigma = (0.5 * logvar).exp()
+        # gradients pass this draw from q (Kingma and Welling 2014, 2.4)
+        z = mu.repeat(2, 1) + sigma.repeat(2, 1) * noise  # (2B, k)
+        state, given = self.first_state(z), F.pad(target, (1, -1), value=START)
+        if teacher_forcing < 1:
+            with torch.no_grad():
+                guess, _ = self.decode(state, target_tense, given)
+            given = mix_letters(target, guess, teacher_forcing)
+        logits, _ = self.decode(state, target_tense, given)  # (2B, T, 28)
+        reconstruction = reconstruction_loss(logits, target).view(2, -1).mean(0)
+        return reconstruction, kl_divergence(mu, logvar)
 
     @torch.no_grad()
-    def spell(self, z: torch.Tensor, tense: torch.Tensor) -> list[str]:
+    def spell(self, z: Tensor, tense: Tensor) -> list[str]:
         """The words of codes (B, k) in tenses (B,), the likeliest letter each time."""
-        letter = torch.full((len(z), 1), START, device=z.device)
-        ended = torch.zeros_like(letter, dtype=torch.bool)
-        state, word = self.decoder.verb(z), []
-        for _ in range(MAX_LETTERS):
-            logits, state = self.decoder.spell(letter, tense, state)
-            letter = logits[..., START + 1 :].argmax(-1) + START + 1  # no word has a START
-            word.append(letter)
+        letter, state = torch.full((len(z), 1), START, device=z.device), self.first_state(z)
+        letters, ended = [], torch.zeros_like(letter, dtype=torch.bool)
+        while len(letters) < MAX_LETTERS and not ended.all():
+            logits, state = self.decode(state, tense, letter)
+            letter = logits[..., 1:].argmax(-1) + 1  # (B, 1); no word has a ^
+            letters.append(letter)
             ended |= letter == END
-            if ended.all():
-                break
-        return decode_words(torch.cat(word, 1).cpu())
+        words = ["".join(ALPHABET[i] for i in row) for row in torch.cat(letters, 1).tolist()]
+        return [word.partition("$")[0] for word in words]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def mix_letters(right: Tensor, logits: Tensor, share: float) -> Tensor:
+    """What the decoder is given (B, T): ^, then letters, `share` right and the others likeliest."""
+    guessed = torch.rand(right.shape, device=right.device) >= share
+    return F.pad(torch.where(guessed, logits.argmax(-1), right), (1, -1), value=START)
+
+
+# --------------------------------------------------------------------------------------------------
 # objective (nats per word)
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def reparameterize(mu: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """z = μ + σ ε with ε from N(0, I): a draw from q(z|x) that gradients pass (Kingma and Welling 2014, 2.4)."""
-    return mu + (0.5 * logvar).exp() * noise
-
-
-def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """KL(N(μ, diag σ²) ‖ N(0, I)), (B, k) -> (B,): ½ Σ (μ² + σ² - 1 - ln σ²) (Kingma and Welling 2014, appendix B)."""
+def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(μ, diag σ²) ‖ N(0, I)) (Kingma and Welling 2014, appendix B): (B, k) -> (B,)."""
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
 
 
-def reconstruction_loss(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """-log p(x|z, c) of words (B, T) under logits (B, T, 28), up to and with the first END -> (B,)."""
-    losses = F.cross_entropy(logits.flatten(0, 1), words.flatten(), reduction="none").view_as(words)
-    return (losses * until_end(words)).sum(1)
+def reconstruction_loss(logits: Tensor, words: Tensor) -> Tensor:
+    """-log p(x|z, c) of words (B, T) by logits (B, T, 28), up to and with $ -> (B,)."""
+    losses = F.cross_entropy(logits.flatten(0, 1), words.flatten(), reduction="none")
+    return (losses.view_as(words) * (words != START)).sum(1)
 
 
 def kl_weight(schedule: str, progress: float, cycles: int, largest: float) -> float:
     """The weight of the KL when the share `progress` of all steps is done.
 
-    monotonic: grows from 0 in the first RAMP of the steps (Bowman et al. 2016). cyclical: does so in each of
-    the cycles (Fu et al. 2019, eqs. 6 and 7 with R = RAMP). constant: `largest` throughout.
+    It grows from 0 in the first RAMP of training (monotonic, Bowman et al. 2016) or of each cycle
+    (cyclical, Fu et al. 2019, eqs. 6 and 7), or does not grow (constant).
     """
-    if schedule == "constant":
-        return largest
-    within = progress * cycles % 1.0 if schedule == "cyclical" else progress
-    return largest * min(1.0, within / RAMP)
+    within = {"monotonic": progress, "cyclical": progress * cycles % 1.0, "constant": 1.0}
+    return largest * min(1.0, within[schedule] / RAMP)
 
 
 @torch.no_grad()
-def likeliest_verbs(z: torch.Tensor, mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """For each code of z (B, k) the verb, of N, that it most likely is a code of: argmax_n Σ_i q(z|x_ni, c_i) -> (B,).
+def likeliest_verbs(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """For each code (D, k) the verb it most likely is a code of: argmax_n Σ_i q(z|x_ni, c_i), (D,).
 
-    mu and logvar (N, 4, k) are all posteriors. Where p(z) has mass and no posterior has, a decoder that saw posteriors
-    only mixes verbs; told the likeliest there, it learns to divide all of N(0, I) among them.
+    mu and logvar (4N, k) are all posteriors. Where p(z) has mass and no posterior has, a decoder
+    that saw posteriors only mixes verbs; told these, it divides all of N(0, I) among them.
     """
-    mu, precision, volume = mu.flatten(0, 1), (-logvar).exp().flatten(0, 1), logvar.sum(2).flatten()
-    square = z.square() @ precision.T - 2 * z @ (mu * precision).T + (mu.square() * precision).sum(1)  # (B, 4N)
-    return (-0.5 * (square + volume)).unflatten(1, (-1, len(TENSES))).logsumexp(2).argmax(1)
+    precision = (-logvar).exp()
+    square = z.square() @ precision.T - 2 * z @ (mu * precision).T
+    square += (mu.square() * precision).sum(1)  # (D, 4N)
+    log_q = -0.5 * (square + logvar.sum(1))  # up to a constant
+    return log_q.unflatten(1, (-1, len(TENSES))).logsumexp(2).argmax(1)
 
 
-def mix_letters(right: torch.Tensor, logits: torch.Tensor, ratio: float) -> torch.Tensor:
-    """The letters that the decoder is given, (B, T): START, then of each word's letters the right one at `ratio`.
+def prior_loss(
+    model: CVAE, forms: Tensor, posteriors: tuple[Tensor, Tensor], count: int, generator: Generator
+) -> Tensor:
+    """The loss of spelling `count` draws from N(0, I) as the likeliest of the verbs (N, 4, T)."""
+    z = torch.randn(count, model.latent_dim, generator=generator).to(posteriors[0].device)  # (D, k)
+    verb = forms[likeliest_verbs(z, *posteriors).cpu()]  # (D, 4, T)
+    tense = torch.randint(len(TENSES), (2, count), generator=generator)
+    words = verb[torch.arange(count), tense].flatten(0, 1).to(z.device)  # (2D, T)
+    given = F.pad(words, (1, -1), value=START)
+    with autocast(z.device):
+        state = model.first_state(z.repeat(2, 1))
+        logits, _ = model.decode(state, tense.flatten().to(z.device), given)
+    return reconstruction_loss(logits, words).mean()
 
-    The others are the likeliest by `logits`, which a first pass gave: scheduled sampling (Bengio et al. 2015) in two
-    parallel passes (Mihaylova and Martins 2019).
+
+# --------------------------------------------------------------------------------------------------
+# train and evaluate
+# --------------------------------------------------------------------------------------------------
+
+
+def train(model: CVAE, verbs: Verbs, args: argparse.Namespace, state: dict) -> CVAE:
+    """Train `model` from the last epoch's end in `state` on; return the average of its weights.
+
+    Order and noise are functions of (seed, epoch, step), so N epochs equal k and the others later.
     """
-    own = torch.rand(right.shape, device=right.device) >= ratio
-    return F.pad(torch.where(own, logits.argmax(-1), right), (1, -1), value=START)
+    device = next(model.parameters()).device
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type != "mps")
+    average = copy.deepcopy(model)  # over some two hundred steps: what is scored and kept
+    parts = {"model": model, "average": average, "optimizer": optimizer}
+    for name in parts.keys() & state.keys():
+        parts[name].load_state_dict(state[name])
+    forms, posteriors = verb_tensor(verbs.train), None  # (N, 4, T)
+    first, per_epoch = len(state["history"]), math.ceil(len(forms) / args.batch_size)
+    steps, began = args.epochs * per_epoch, time.monotonic() - state["seconds"]
+    progress = Progress(steps, first * per_epoch)
+
+    for epoch in range(first, args.epochs):
+        order = torch.randperm(len(forms), generator=seed_all(args.seed, epoch))
+        forcing = 1 - (1 - args.teacher_forcing) * epoch / max(1, args.epochs - 1)
+        if args.prior_draws and epoch >= PRIOR_FROM * args.epochs:
+            posteriors = encode_verbs(average, forms)
+        sums = torch.zeros(2, device=device)  # of reconstruction and KL
+        for step, rows in enumerate(order.split(args.batch_size), epoch * per_epoch):
+            generator = seed_all(args.seed, epoch, step)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
+            batch = make_batch(verbs, rows, args.invented, args.latent_dim, generator)
+            weight = kl_weight(args.kl_schedule, step / steps, args.kl_cycles, args.kl_max)
+            with autocast(device):
+                reconstruction, kl = model([part.to(device) for part in batch], forcing)  # (B,)
+            kl = kl[: len(rows)]  # a made-up verb pays none: its code may lie where p(z) is 0
+            loss = reconstruction.mean() + weight * kl.sum() / len(reconstruction)
+            if posteriors:
+                count = math.ceil(args.prior_draws * len(rows))
+                drawn_loss = prior_loss(model, forms, posteriors, count, generator)
+                loss = loss + args.prior_draws * drawn_loss
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+            if not torch.isfinite(loss + norm):
+                facts = f"epoch {epoch + 1}, step {step + 1}: loss {loss:g}, gradient norm {norm:g}"
+                fail(f"{facts}. Lower --lr (now {args.lr:g})")
+            optimizer.step()
+            update_average(average, model, step)
+            sums += torch.stack([reconstruction[: len(rows)].sum(), kl.sum()]).detach()
+            progress.step()
+        row = {"epoch": epoch + 1, "kl_weight": weight, "teacher_forcing": forcing}
+        row["reconstruction"], row["kl"] = (sums / len(forms)).tolist()
+        row["bleu4"] = score_conversions(average, verbs.tests)[2]
+        row["gaussian_score"], _ = score_generated(generate(average, 100, args.seed), verbs.train)
+        state["history"].append(row)
+        state |= {name: part.state_dict() for name, part in parts.items()}
+        state["seconds"] = time.monotonic() - began
+        write_file(args.out / "checkpoint.pt", partial(torch.save, state))
+    progress.close()
+    return average
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# training
-# ----------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def update_average(average: CVAE, model: CVAE, step: int) -> None:
+    pace = 1 - min(0.995, (1 + step) / (10 + step))  # the first steps are soon forgotten
+    for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(weight, pace)
+
+
+@torch.no_grad()
+def encode_verbs(model: CVAE, forms: Tensor) -> tuple[Tensor, Tensor]:
+    """mu and logvar (4N, k) of verbs (N, 4, T)."""
+    words = forms.flatten(0, 1).to(next(model.parameters()).device)
+    return model.encode(words, torch.arange(len(TENSES), device=words.device).repeat(len(forms)))
+
+
+@torch.no_grad()
+def convert(model: CVAE, words: list[str], source: list[int], target: list[int]) -> list[str]:
+    """Each word, read in its `source` tense, in its `target` tense: the likeliest at z = μ."""
+    tenses = torch.tensor([source, target], device=next(model.parameters()).device)  # (2, B)
+    mu, _ = model.encode(encode_words(words).to(tenses.device), tenses[0])
+    return model.spell(mu, tenses[1])
+
+
+def spell_verbs(model: CVAE, z: Tensor) -> list[Verb]:
+    """Each code of z (B, k) in all four tenses."""
+    tenses, verbs = torch.arange(len(TENSES), device=z.device), []
+    for part in z.split(1000):
+        verbs += zip(*(model.spell(part, tense.expand(len(part))) for tense in tenses), strict=True)
+    return verbs
+
+
+def generate(model: CVAE, count: int, seed: int) -> list[Verb]:
+    """`count` verbs spelled from draws of N(0, I); the same draws in every epoch and model."""
+    z = torch.randn(count, model.latent_dim, generator=seed_all(seed, count))
+    return spell_verbs(model, z.to(next(model.parameters()).device))
+
+
+def between(model: CVAE, first: str, last: str, steps: int = 9) -> list[Verb]:
+    """The verbs on the straight line between the codes of two in the present, ends included."""
+    mu, _ = model.encode(encode_words([first, last]), torch.tensor([0, 0]))
+    return spell_verbs(model, torch.lerp(mu[:1], mu[1:], torch.linspace(0, 1, steps)[:, None]))
+
+
+def bleu4(reference: str, prediction: str) -> float:
+    """BLEU over letters as the course scores it: to 4-grams, or 3-grams for three letters."""
+    weights = (1 / 3,) * 3 if len(reference) == 3 else (1 / 4,) * 4
+    smoothing = SmoothingFunction().method1
+    return sentence_bleu([list(reference)], list(prediction), weights, smoothing)
+
+
+def score_conversions(model: CVAE, asked: list[Conversion]) -> tuple[list[str], float, float]:
+    """What the model makes of them, the share of exact ones, and the mean BLEU-4."""
+    words, targets, source, target = (list(column) for column in zip(*asked, strict=True))
+    answers = convert(model, words, source, target)
+    pairs = list(zip(targets, answers, strict=True))
+    exact = [target == answer for target, answer in pairs]
+    return answers, sum(exact) / len(exact), sum(bleu4(*pair) for pair in pairs) / len(pairs)
+
+
+def score_generated(drawn: list[Verb], train: list[Verb]) -> tuple[float, float]:
+    """The share of draws that are a training verb, and how many different ones are in 100 draws."""
+    known, hundreds = set(train), [drawn[i : i + 100] for i in range(0, len(drawn), 100)]
+    distinct = sum(len(known.intersection(hundred)) for hundred in hundreds) / len(hundreds)
+    return sum(verb in known for verb in drawn) / len(drawn), distinct
+
+
+def score_run(model: CVAE, verbs: Verbs, seed: int) -> dict:
+    """What would take too long after each epoch. Held-out verbs: all twelve conversions of each."""
+    share, distinct = score_generated(generate(model, 10_000, seed), verbs.train)
+    pairs = [(i, j) for i in range(len(TENSES)) for j in range(len(TENSES)) if i != j]
+    asked = [(verb[i], verb[j], i, j) for verb in verbs.held_out for i, j in pairs]
+    _, exact, bleu = score_conversions(model, asked) if asked else (None, None, None)
+    trained = [test for test in verbs.tests if any({*test[:2]} <= {*verb} for verb in verbs.train)]
+    metrics = {"gaussian_score_10000": share, "distinct_valid_per_100": distinct}
+    metrics |= {"heldout_exact": exact, "heldout_bleu4": bleu, "heldout_verbs": len(verbs.held_out)}
+    metrics |= {"test_verbs_trained_on": len(trained), "verbs": len(verbs.train)}
+    return metrics | {"parameters": sum(p.numel() for p in model.parameters())}
+
+
+# --------------------------------------------------------------------------------------------------
+# figures
+# --------------------------------------------------------------------------------------------------
+
+
+def plot_history(path: Path, histories: dict[str, list[dict]]) -> None:
+    """A column for each run: losses, KL weight and teacher forcing, and both scores by epoch."""
+    figure = Figure(figsize=(1.2 + 5.2 * len(histories), 8), dpi=150, layout="constrained")
+    grid = figure.subplots(3, len(histories), squeeze=False, sharex="col", sharey="row")
+    units = ("nats per word", "weight, ratio", "score")
+    names = (
+        ["reconstruction", "kl"],
+        ["kl_weight", "teacher_forcing"],
+        ["bleu4", "gaussian_score"],
+    )
+    for panels, (name, history) in zip(grid.T, histories.items(), strict=True):
+        frame = pd.DataFrame(history)
+        for panel, unit, keys in zip(panels, units, names, strict=True):
+            panel.plot(frame["epoch"], frame[keys], label=keys)
+            panel.set(ylabel=unit)
+            panel.legend()
+        panels[0].set(title=f"{name} KL weight", yscale="symlog", ylim=(0, None))
+        panels[2].set(xlabel="epoch", ylim=(0, 1.02))
+        panels[2].xaxis.get_major_locator().set_params(integer=True)
+    write_file(path, partial(figure.savefig, format="png"))
+
+
+def write_results(args: argparse.Namespace, model: CVAE, verbs: Verbs, history: list[dict]) -> None:
+    """Leave the tables and the figure in --out; print the conversions and some verbs from noise."""
+    words, targets, sources, aims = zip(*verbs.tests, strict=True)
+    tenses = [f"{TENSES[i]} -> {TENSES[j]}" for i, j in zip(sources, aims, strict=True)]
+    conversions = pd.DataFrame({"input": words, "tenses": tenses, "target": targets})
+    conversions["prediction"], _, _ = score_conversions(model, verbs.tests)
+    known, drawn = set(verbs.train), generate(model, 100, args.seed)
+    generated = pd.DataFrame(drawn, columns=TENSES)
+    generated["training line"] = [verb in known for verb in drawn]
+    path = between(model, verbs.train[0][0], verbs.train[-1][0])
+    tables = {"history": pd.DataFrame(history), "conversions": conversions, "generated": generated}
+    tables["interpolation"] = pd.DataFrame(path, columns=TENSES)
+    for name, frame in tables.items():
+        write_file(args.out / f"{name}.csv", partial(frame.to_csv, index=False, mode="wb"))
+    plot_history(args.out / "training.png", {args.kl_schedule: history})
+    print(conversions.to_string(index=False), generated[:4].to_string(index=False), sep="\n\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# run folder, errors, command line (the same to the letter in every script of this project)
+# --------------------------------------------------------------------------------------------------
+
+
+def fail(message: str) -> NoReturn:
+    """End the program over a user's mistake: one line on stderr, exit code 2."""
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def one_line(path: Path | str, mend: str) -> Iterator[None]:
+    """The one handler: what a library raises over the file `path` becomes a line that names it."""
+    try:
+        yield
+    except Exception as error:  # readers raise whatever the bytes lead them into
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        fail(f"{path}: {reason[:300].rstrip('.')}. {mend}")
+
+
+def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[float, float]]) -> None:
+    """End the program unless each argument lies between its two ends, which it may take."""
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:  # nan lies nowhere
+            fail(f"--{name.replace('_', '-')} {value}: give a number from {low:g} to {high:g}")
+
+
+def exit_on_signals(argv: list[str] | None) -> None:
+    """Let Ctrl-C and SIGTERM end the process at once, with the command that goes on from there."""
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
+    several = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    start = several if "RANK" in os.environ else ["python"]
+
+    def stop(number: int, frame) -> None:
+        print("\nstopped   go on with:", shlex.join([*start, sys.argv[0], *words, "--resume"]))
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def seed_all(*numbers: int) -> torch.Generator:
+    """Seed torch by the place in the run, such as (seed, epoch, step); return a generator too."""
+    seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is a GPU when there is one, under torchrun one each."""
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    with one_line(f"--device {name}", "Use --device cpu"):
+        if name == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.empty(1, device=name).device
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 matrix products where the processor has them: a GPU, or a CPU with avx512_bf16."""
+    bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type != "mps")
+
+
+class Progress(tqdm):
+    """One bar for the whole run, and after 30 batches a line that says how long it will take."""
+
+    def __init__(self, total: int, done: int, quiet: bool = False):
+        super().__init__(total=total, initial=done, unit="batch", disable=quiet or None)
+        self.left, self.moments = total - done, []
+
+    def step(self) -> None:
+        self.update()
+        self.moments.append(time.monotonic())
+        if len(self.moments) == 30:  # the first ten are slow
+            minutes = (self.moments[29] - self.moments[9]) / 20 * self.left / 60
+            self.write(f"time      about {minutes:.1f} minutes for {self.left} batches")
+
+
+def write_file(path: Path, save: Callable[[io.BytesIO], object]) -> None:
+    """Let `save` fill a buffer, and move it to `path` when it is all on disk: never half a file."""
+    content, temporary = io.BytesIO(), path.with_name(f".{path.name}.tmp")
+    save(content)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # so that not even a power cut leaves half of it
+        os.replace(temporary, path)
+    except OSError as error:
+        fail(f"{path}: cannot be written ({error.strerror}). Make room, then add --resume")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    write_file(path, lambda file: file.write(text.encode()))
+
+
+@contextlib.contextmanager
+def open_run(folder: Path, args: argparse.Namespace, hashes: dict[str, str]) -> Iterator[None]:
+    """Hold the run's folder while the block lasts; a run that starts over keeps the old one."""
+    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
+    previous = folder.parent / f"{folder.name}.previous"
+    foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists()
+    if folder.name in ("", "..") or foreign:
+        fail(f"{folder}: not the folder of a run. Name another with --out")
+    with one_line(folder, "Wait for the other run, or name another folder with --out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        if not args.resume and (folder / "checkpoint.pt").exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
+            folder.mkdir()
+        for stale in folder.glob(".*.tmp"):
+            stale.unlink()
+    commit = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+    git = subprocess.run(commit, capture_output=True, text=True) if shutil.which("git") else None
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    facts = {"sha256": hashes, "seed": args.seed, "commit": git and git.stdout.strip()}
+    try:
+        write_json(folder / "config.json", {"arguments": vars(args), "versions": versions} | facts)
+        yield
+    finally:
+        lock.release()
+
+
+def load_checkpoint(path: Path, version: str, settings: dict) -> dict:
+    """Read a checkpoint of this `version` trained with `settings`. No code in it is run."""
+    with one_line(path, mend := "Move it away, or name another folder with --out"):
+        if zipfile.ZipFile(path).testzip():
+            raise zipfile.BadZipFile("damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or state.get("version") != version:
+        fail(f"{path}: not a checkpoint of {version}. {mend}")
+    for name, value in settings.items():
+        if (there := state["settings"].get(name)) != value:
+            fail(f"{path}: trained with {name} {there}, not {value}. Give the same, or no --resume")
+    return state
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over the first tenth of the steps, then half a cosine down to 0."""
     warmup = max(1, steps // 10)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    decay = max(0, step - warmup) / max(1, steps - warmup)
+    return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * decay))
 
 
-def train(
-    model: CVAE, verbs: Verbs, args: argparse.Namespace, start: dict | None, save: Callable[[dict], None], bar: tqdm
-) -> tuple[CVAE, list[dict]]:
-    """Train `model`; return the running average of its weights and the history, one row an epoch.
-
-    `start` is a state to go on from; `save` takes the state after each epoch and when a signal stops the run. A loss
-    that is not finite goes back to the last epoch's end at half the learning rate, three times at most.
-    """
-    device = next(model.parameters()).device
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type != "mps")
-    average = copy.deepcopy(model)  # of the weights over the last two hundred steps: what is scored and kept
-    at = {"epoch": 0, "batch": 0, "reconstruction": 0.0, "kl": 0.0, "seen": 0, "retries": 0}
-    history: list[dict] = []
-    posteriors: list[torch.Tensor] = []  # mu and logvar (N, 4, k) of all training verbs, when the epoch began
-
-    def snapshot() -> dict:
-        parts = {"at": at, "history": history, "model": model.state_dict(), "average": average.state_dict(),
-                 "optimizer": optimizer.state_dict(), "posteriors": posteriors}  # fmt: skip
-        return copy.deepcopy(parts)
-
-    def restore(state: dict) -> None:
-        state = copy.deepcopy(state)
-        at.update(state["at"])
-        history[:], posteriors[:] = state["history"], [part.to(device) for part in state["posteriors"]]
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-
-    good = (start or {}).get("good") or start or snapshot()  # the last epoch's end
-    try:
-        restore(start or good)
-    except (KeyError, RuntimeError, ValueError):
-        fail("the checkpoint was trained by another version of cvae.py. Train again without --resume")
-    known = set(verbs.train)
-    forms = verb_tensor(verbs.train)  # (N, 4, T)
-    unseen = frozenset()  # what no made-up verb may be
-    if verbs.held_out:
-        unseen = unseen.union(*verbs.held_out, *(test[:2] for test in verbs.tests))
-    per_epoch = math.ceil(len(forms) / args.batch_size)
-    steps = args.epochs * per_epoch
-    bar.update(at["epoch"] * per_epoch + at["batch"])
-
-    def weight_at(step: int) -> float:
-        return kl_weight(args.kl_schedule, step / steps, args.kl_cycles, args.kl_max)
-
-    catch_signals(finish_batch=True)
-    while at["epoch"] < args.epochs:
-        ratio = 1 - (1 - args.teacher_forcing) * at["epoch"] / max(1, args.epochs - 1)
-        order = torch.randperm(len(forms), generator=seed_all(args.seed, at["epoch"]))  # batches of like length: worse
-        from_prior = args.prior_draws > 0 and at["epoch"] >= PRIOR_FROM * args.epochs
-        if from_prior and at["batch"] == 0:
-            posteriors[:] = encode_verbs(average, forms)
-        for batch in order.split(args.batch_size)[at["batch"] :]:
-            step = at["epoch"] * per_epoch + at["batch"]
-            generator = seed_all(args.seed, at["epoch"], step, at["retries"])
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, args.lr) * 0.5 ** at["retries"]
-
-            chosen = forms[batch]
-            if args.invented:
-                count = math.ceil(args.invented * len(batch))
-                chosen = verb_tensor(
-                    [verbs.train[row] for row in batch] + invent_verbs(verbs.train, count, generator, unseen)
-                )
-            count = len(chosen)
-            chosen = chosen[:, :, : (chosen != END).sum(2).max() + 1]  # (B, 4, T)
-            rows = torch.arange(count)
-            tense = torch.rand(count, len(TENSES), generator=generator).argsort(1)  # a random order of the four
-            source = torch.randint(len(TENSES), (count,), generator=generator)
-            read = chosen[rows, source].to(device)  # (B, T), what the encoder reads
-            rows, target = rows.repeat(2), tense[:, :2].T.flatten()
-            right = chosen[rows, target].to(device)  # (2B, T), what the decoder spells: each verb in two tenses
-            noise = torch.randn(2 * count, args.latent_dim, generator=generator).to(device)
-            source, target = source.to(device), target.to(device)
-            with autocast(device):
-                mu, logvar = (part.float() for part in model.encoder(read, source))  # (B, k)
-                z = reparameterize(mu.repeat(2, 1), logvar.repeat(2, 1), noise)  # (2B, k)
-                given = F.pad(right, (1, -1), value=START)
-                if ratio < 1:
-                    with torch.no_grad():
-                        given = mix_letters(right, model.decoder(z, target, given), ratio)
-                logits = model.decoder(z, target, given).float()  # (2B, T, 28)
-            reconstruction = reconstruction_loss(logits, right).view(2, count).mean(0)  # (B,)
-            kl = kl_divergence(mu, logvar)
-            paid = torch.arange(count, device=device) < len(batch)  # an invented verb's code may lie where p(z) is 0
-            loss = (reconstruction + weight_at(step) * kl * paid).mean()
-            if from_prior:
-                count = math.ceil(args.prior_draws * len(batch))
-                z = torch.randn(count, args.latent_dim, generator=generator).to(device)
-                verb = forms[likeliest_verbs(z, *posteriors).cpu()]
-                target = torch.randint(len(TENSES), (2, count), generator=generator)
-                right = verb[torch.arange(count), target].flatten(0, 1).to(device)  # (2B', T)
-                given = F.pad(right, (1, -1), value=START)
-                with autocast(device):
-                    logits = model.decoder(z.repeat(2, 1), target.flatten().to(device), given).float()
-                loss = loss + args.prior_draws * reconstruction_loss(logits, right).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-            reconstruction, kl = reconstruction[paid].mean().item(), kl[paid].mean().item()
-
-            if not math.isfinite(loss.item() + norm.item()):
-                retries = at["retries"] + 1
-                facts = (f"reconstruction {reconstruction}, KL {kl}, gradient norm {norm.item()} in epoch "
-                         f"{at['epoch'] + 1}, batch {at['batch'] + 1}")  # fmt: skip
-                if retries > 3:
-                    fail(f"{facts}, for the fourth time. Lower --lr (now {args.lr:g})")
-                tqdm.write(f"warning   {facts}: back to the last epoch's end at half the learning rate")
-                bar.update(-at["batch"])
-                restore(good)
-                at["retries"] = retries
-                break
-            optimizer.step()
-            with torch.no_grad():
-                pace = 1 - min(0.995, (1 + step) / (10 + step))
-                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), pace)
-            at["reconstruction"] += reconstruction * len(batch)
-            at["kl"] += kl * len(batch)
-            at["seen"] += len(batch)
-            at["batch"] += 1
-            bar.update()
-            if stop_signals:
-                save(snapshot() | {"good": good})
-                raise KeyboardInterrupt
-        else:  # the epoch ended without a break
-            reconstruction, kl = at["reconstruction"] / at["seen"], at["kl"] / at["seen"]
-            weight = weight_at((at["epoch"] + 1) * per_epoch - 1)
-            drawn = generate(average, 100, args.seed)
-            history.append(
-                {
-                    "epoch": at["epoch"] + 1,
-                    "loss": reconstruction + weight * kl,
-                    "reconstruction": reconstruction,
-                    "kl": kl,
-                    "kl_weight": weight,
-                    "teacher_forcing": ratio,
-                    "bleu4": test_bleu4(verbs.tests, convert_tests(average, verbs.tests)),
-                    "gaussian_score": score_generated(drawn, known)[0],
-                }
-            )
-            bar.set_postfix_str(f"BLEU-4 {history[-1]['bleu4']:.2f}, Gaussian {history[-1]['gaussian_score']:.2f}")
-            at.update(epoch=at["epoch"] + 1, batch=0, reconstruction=0.0, kl=0.0, seen=0)
-            good = snapshot()
-            save(good)
-    catch_signals(finish_batch=False)
-    return average.eval(), history
-
-
-@torch.no_grad()
-def encode_verbs(model: CVAE, forms: torch.Tensor) -> list[torch.Tensor]:
-    """mu and logvar (N, 4, k) of verbs (N, 4, T)."""
-    device = next(model.parameters()).device
-    tense = torch.arange(len(TENSES), device=device)
-    parts = [model.encoder(part.flatten(0, 1).to(device), tense.repeat(len(part))) for part in forms.split(128)]
-    return [torch.cat(part).unflatten(0, (-1, len(TENSES))) for part in zip(*parts, strict=True)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# scores
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def bleu4(reference: str, prediction: str) -> float:
-    """BLEU over letters as the course scores it: up to 4-grams, up to 3-grams where the reference has three letters."""
-    weights = (1 / 3,) * 3 if len(reference) == 3 else (1 / 4,) * 4
-    return sentence_bleu([list(reference)], list(prediction), weights, SmoothingFunction().method1)
-
-
-@torch.no_grad()
-def convert(model: CVAE, words: list[str], source: list[int], target: list[int]) -> list[str]:
-    """Each of the words, read in its `source` tense, in its `target` tense: the decoder's likeliest at z = μ."""
-    device, spelled = next(model.parameters()).device, []
-    for part in range(0, len(words), 1000):
-        rows = slice(part, part + 1000)
-        mu, _ = model.encoder(encode_words(words[rows]).to(device), torch.tensor(source[rows], device=device))
-        spelled += model.spell(mu, torch.tensor(target[rows], device=device))
-    return spelled
-
-
-@torch.no_grad()
-def spell_verbs(model: CVAE, z: torch.Tensor) -> list[tuple[str, ...]]:
-    """Each code of z (B, k) in all four tenses."""
-    device, verbs = next(model.parameters()).device, []
-    for part in z.to(device).split(1000):
-        forms = [model.spell(part, torch.full((len(part),), tense, device=device)) for tense in range(len(TENSES))]
-        verbs += zip(*forms, strict=True)
-    return verbs
-
-
-def generate(model: CVAE, count: int, seed: int) -> list[tuple[str, ...]]:
-    """`count` verbs spelled from draws of N(0, I); the same draws in every epoch and model."""
-    latent_dim = model.encoder.head.out_features // 2
-    return spell_verbs(model, torch.randn(count, latent_dim, generator=seed_all(seed, count)))
-
-
-def convert_tests(model: CVAE, tests: list[tuple[str, str, int, int]]) -> list[str]:
-    words, _, source, target = (list(column) for column in zip(*tests, strict=True))
-    return convert(model, words, source, target)
-
-
-def test_bleu4(tests: list[tuple[str, str, int, int]], predictions: list[str]) -> float:
-    """Mean BLEU-4 over the test pairs."""
-    return sum(bleu4(test[1], word) for test, word in zip(tests, predictions, strict=True)) / len(tests)
-
-
-def score_generated(drawn: list[tuple[str, ...]], known: set[tuple[str, ...]]) -> tuple[float, float]:
-    """The share of drawn verbs that are a training line, and how many different ones there are in 100 draws."""
-    hundreds = [drawn[i : i + 100] for i in range(0, len(drawn), 100)]
-    distinct = sum(len(known.intersection(hundred)) for hundred in hundreds) / len(hundreds)
-    return sum(verb in known for verb in drawn) / len(drawn), distinct
-
-
-def score_held_out(model: CVAE, held_out: list[tuple[str, ...]]) -> tuple[float, float]:
-    """Share of exact conversions, and mean BLEU-4, over the twelve from each form of a verb to another."""
-    asked = [(verb[i], verb[j], i, j) for verb in held_out for i in range(4) for j in range(4) if i != j]
-    predictions = convert_tests(model, asked)
-    exact = sum(test[1] == word for test, word in zip(asked, predictions, strict=True)) / len(asked)
-    return exact, test_bleu4(asked, predictions)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# figures
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches, drawn without a display."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-def plot_history(path: Path, histories: dict[str, list[dict]]) -> None:
-    """A column for each run: losses, KL weight and teacher forcing, and both scores against epochs."""
-    figure = new_figure(1.2 + 5.2 * len(histories), 8)
-    grid = figure.subplots(3, len(histories), squeeze=False, sharex="col", sharey="row")
-    for column, (name, history) in zip(grid.T, histories.items(), strict=True):
-        epochs = [row["epoch"] for row in history]
-        rows = (
-            ({"reconstruction": "reconstruction", "kl": "KL"}, "nats per word"),
-            ({"kl_weight": "KL weight", "teacher_forcing": "teacher forcing ratio"}, "weight, ratio"),
-            ({"bleu4": "BLEU-4, ten test conversions", "gaussian_score": "Gaussian score, 100 draws"}, "score"),
-        )
-        for panel, (keys, unit) in zip(column, rows, strict=True):
-            for key, label in keys.items():
-                panel.plot(epochs, [row[key] for row in history], label=label)
-            panel.set_ylabel(unit)
-            panel.legend()
-        column[0].set_yscale("symlog", linthresh=1.0)
-        column[0].set_ylim(bottom=0)
-        column[0].set_title(f"{name} KL weight", fontsize=10)
-        column[2].set_ylim(0, 1.02)
-        column[2].set_xlabel("epoch")
-        column[2].xaxis.get_major_locator().set_params(integer=True)
-    save_figure(figure, path)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# main
-# ----------------------------------------------------------------------------------------------------------------------
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.error = fail
+    other = ", ".join(f"{name} {value:g}" for name, value in WITH_HOLDOUT.items())
+    # fmt: off
+    add = parser.add_argument_group("run").add_argument
+    add("--data", type=Path, help="folder with train.txt and test.txt [data/, or the sample there]")
+    add("--out", type=Path, default=Path("runs/cvae"), help="folder of the run [%(default)s]")
+    add("--resume", action="store_true", help="go on with the interrupted run in --out")
+    add("--convert", metavar="VERB", help="turn a verb with the model in --out")
+    add("--from", choices=TENSES, default="present", dest="from_tense", help="[%(default)s]")
+    add("--to", choices=TENSES, default="past", dest="to_tense", help="[%(default)s]")
+    add("--generate", type=int, metavar="N", help="N verbs from N(0, I) with the model in --out")
+    add("--interpolate", nargs=2, metavar="VERB", help="verbs between two in the present, likewise")
+    add("--seed", type=int, default=0, help="of all that is random [%(default)s]")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="[%(default)s]")
+    add("--limit", type=int, metavar="N", help="train on N random verbs, for a first look [all]")
+    add("--holdout", type=int, default=0, metavar="N", help="keep N random verbs and those of the"
+        f" tests from training, score the N, and change these defaults: {other} [%(default)s]")
+    add = parser.add_argument_group("model").add_argument
+    add("--latent-dim", type=int, default=4, help="dimensions of z [%(default)s]")
+    add("--hidden-dim", type=int, default=256, help="width of the GRUs [%(default)s]")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, default=150, help="passes over the verbs [%(default)s]")
+    add("--batch-size", type=int, default=64, help="verbs a step [%(default)s]")
+    add("--lr", type=float, default=4e-3, help="peak learning rate of Adam [%(default)s]")
+    add("--kl-schedule", choices=("monotonic", "cyclical", "constant"), default="monotonic",
+        help="the KL weight gets to --kl-max once, over and over, or at once [%(default)s]")
+    add("--kl-cycles", type=int, default=4, help="of the cyclical schedule [%(default)s]")
+    add("--kl-max", type=float, default=0.3, help="largest weight of the KL [%(default)s]")
+    add("--invented", type=float, default=0.0, help="made-up verbs for each real one [%(default)s]")
+    add("--prior-draws", type=float, default=1.0,
+        help="codes from N(0, I) for each verb, to spell as the likeliest verb [%(default)s]")
+    add("--teacher-forcing", type=float, default=0.9,
+        help="share of right letters before each letter in the last epoch, from 1 [%(default)s]")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if args.holdout:
+        parser.set_defaults(**WITH_HOLDOUT)
+        args = parser.parse_args(argv)
+    check_ranges(args, RANGES)
+    return args
 
 
 def load_finished(folder: Path) -> CVAE:
     """The model of the finished run in `folder`."""
     path = folder / "checkpoint.pt"
-    if not path.exists():
-        fail(f"{folder}: no run there. Train first, or name its folder with --out")
-    state = load_checkpoint(path, "cvae", {})
-    if "average" not in state:
-        fail(f"{folder}: its run is not finished. Go on with it: --resume")
-    try:
-        model = CVAE(state["settings"]["latent_dim"], state["settings"]["hidden_dim"])
-        model.load_state_dict(state["average"])
-    except (KeyError, RuntimeError):
-        fail(f"{path}: trained by another version of cvae.py. Train again without --resume")
-    return model.eval()
-
-
-def write_table(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
-    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
-
-
-def between(model: CVAE, first: str, last: str, steps: int = 9) -> list[tuple[str, ...]]:
-    """The verbs on the straight line between the codes of two in the present tense, ends included."""
-    mu, _ = model.encoder(encode_words([first, last]), torch.zeros(2, dtype=torch.long))
-    return spell_verbs(model, torch.lerp(mu[:1], mu[1:], torch.linspace(0, 1, steps)[:, None]))
+    state = load_checkpoint(path, VERSION, {}) if path.exists() else {}
+    if "metrics" not in state:
+        fail(
+            f"{folder}: no finished run there. Train, add --resume to go on, or name one with --out"
+        )
+    model = CVAE(state["settings"]["latent_dim"], state["settings"]["hidden_dim"])
+    model.load_state_dict(state["average"])
+    return model
 
 
 def use_finished(args: argparse.Namespace) -> dict:
     """What --convert, --generate and --interpolate print."""
+    for word in [args.convert, *(args.interpolate or [])]:
+        if word is not None and not re.fullmatch(WORD, word):
+            fail(f"{word[:40]!r}: give a verb of up to {MAX_LETTERS} small letters a to z")
     model = load_finished(args.out)
     if args.convert is not None:
         source, target = TENSES.index(args.from_tense), TENSES.index(args.to_tense)
-        [word] = convert(model, [check_word(args.convert, "--convert")], [source], [target])
+        [word] = convert(model, [args.convert], [source], [target])
         print(f"{args.convert} ({args.from_tense}) -> {word} ({args.to_tense})")
         return {"word": word}
-    if args.interpolate:
-        first, last = (check_word(word, "--interpolate") for word in args.interpolate)
-        verbs = between(model, first, last)
-    else:
-        verbs = generate(model, args.generate, args.seed)
-    for verb in [TENSES, *verbs]:
-        print("  ".join(f"{word:16}" for word in verb).rstrip())
+    ends = args.interpolate
+    verbs = between(model, *ends) if ends else generate(model, args.generate, args.seed)
+    print(pd.DataFrame(verbs, columns=TENSES).to_string(index=False))
     return {"verbs": verbs}
 
 
-def run(args: argparse.Namespace, verbs: Verbs, folder: Path) -> dict:
-    """Train, score, and leave everything in `folder`."""
-    begin = time.monotonic()
-    device = pick_device(args.device)
-    kept = ("latent_dim", "hidden_dim", "epochs", "batch_size", "lr", "kl_schedule", "kl_cycles", "kl_max",
-            "teacher_forcing", "invented", "prior_draws", "holdout", "seed", "limit")  # fmt: skip
-    settings = {name: getattr(args, name) for name in kept} | verbs.hashes
-    checkpoint, finished = folder / "checkpoint.pt", folder / "metrics.json"
-    state = load_checkpoint(checkpoint, "cvae", settings) if args.resume and checkpoint.exists() else None
-    if state and "metrics" in state:
-        print(f"finished  {folder} holds this run's end already")
-        if not finished.exists():  # stopped between the two files
-            write_json(finished, state["metrics"])
+def run(args: argparse.Namespace, verbs: Verbs) -> dict:
+    """Begin the run in --out, or go on with it; leave its results there and return the metrics."""
+    checkpoint, path = args.out / "checkpoint.pt", args.out / "metrics.json"
+    settings = {name: getattr(args, name) for name in (*RANGES, "kl_schedule")} | verbs.hashes
+    state = {"version": VERSION, "settings": settings, "history": [], "seconds": 0.0}
+    if args.resume and checkpoint.exists():
+        state = load_checkpoint(checkpoint, VERSION, settings)
+    if "metrics" in state:
+        if not path.exists():  # it was stopped between the two files
+            write_json(path, state["metrics"])
         return state["metrics"]
-    open_run(folder, args.resume, describe_run(args, verbs.hashes))
-    state = state or {"script": "cvae", "settings": settings, "partial": None, "seconds": 0.0}
-    earlier = state["seconds"]
-
-    def save(partial: dict) -> None:
-        state["partial"], state["seconds"] = partial, earlier + time.monotonic() - begin
-        with atomic(checkpoint) as temporary:
-            torch.save(state, temporary)
-
-    seed_all(args.seed)
-    model = CVAE(args.latent_dim, args.hidden_dim).to(device)
-    steps = args.epochs * math.ceil(len(verbs.train) / args.batch_size)
-    with tqdm(total=steps, desc=args.kl_schedule, unit="batch", disable=None, leave=False) as bar:
-        model, history = train(model, verbs, args, state["partial"], save, bar)
-    model = model.cpu()
-    return leave_results(folder, model, verbs, history, args, state, earlier + time.monotonic() - begin)
-
-
-def leave_results(
-    folder: Path, model: CVAE, verbs: Verbs, history: list[dict], args: argparse.Namespace, state: dict, seconds: float
-) -> dict:
-    """Score the finished model; write the tables, the figure, metrics.json and the model, and print the scores."""
-    begin = time.monotonic()
-    known = set(verbs.train)
-    predictions, drawn = convert_tests(model, verbs.tests), generate(model, 10_000, args.seed)
-    hundred = generate(model, 100, args.seed)
-    large, distinct = score_generated(drawn, known)
-    exact, bleu = score_held_out(model, verbs.held_out) if verbs.held_out else (None, None)
-    trained = sum(any({*test[:2]} <= set(verb) for verb in verbs.train) for test in verbs.tests)
-    last = history[-1]
-    metrics = {
-        "bleu4": test_bleu4(verbs.tests, predictions),
-        "gaussian_score": score_generated(hundred, known)[0],
-        "gaussian_score_10000": large,
-        "distinct_valid_per_100": distinct,
-        "heldout_exact": exact,
-        "heldout_bleu4": bleu,
-        "heldout_verbs": len(verbs.held_out),
-        "test_verbs_trained_on": trained,
-        "reconstruction": last["reconstruction"],
-        "kl": last["kl"],
-        "verbs": len(verbs.train),
-        "epochs": args.epochs,
-        "latent_dim": args.latent_dim,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    table = [
-        (source, f"{TENSES[i]} -> {TENSES[j]}", target, word)
-        for (source, target, i, j), word in zip(verbs.tests, predictions, strict=True)
-    ]
-    write_table(folder / "history.csv", tuple(last), [tuple(row.values()) for row in history])
-    write_table(folder / "conversions.csv", ("input", "tenses", "target", "prediction"), table)
-    write_table(folder / "generated.csv", (*TENSES, "training line"), [(*v, v in known) for v in hundred])
-    first, final = verbs.train[0][0], verbs.train[-1][0]
-    write_table(folder / "interpolation.csv", TENSES, between(model, first, final))
-    plot_history(folder / "training.png", {args.kl_schedule: history})
-    metrics["seconds"] = seconds + time.monotonic() - begin
-    state |= {"partial": None, "average": model.state_dict(), "metrics": metrics}
-    with atomic(folder / "checkpoint.pt") as temporary:
-        torch.save(state, temporary)
-    write_json(folder / "metrics.json", metrics)
-
-    print("input            tenses                        target           prediction")
-    for source, tenses, target, word in table:
-        print(f"{source:16} {tenses:29} {target:16} {word:16}" + ("" if word == target else " wrong"))
-    print("from N(0, I):    " + "; ".join(" ".join(verb) + ("" if verb in known else " (no training line)")
-                                         for verb in hundred[:4]))  # fmt: skip
-    print(f"BLEU-4    {metrics['bleu4']:.3f} over {len(table)} conversions, {trained} of training verbs and so memory")
-    print(f"Gaussian  {metrics['gaussian_score']:.2f} of 100 draws and {large:.4f} of 10,000 are a training line; "
-          f"{distinct:.1f} different ones in 100")  # fmt: skip
-    if verbs.held_out:
-        print(f"held out  {exact:.3f} exact, BLEU-4 {bleu:.3f} over the 12 conversions of {len(verbs.held_out)} verbs")
-    else:
-        print("held out  none; --holdout 100 tells how well verbs that it never saw are turned")
-    print(f"wrote     tables, training.png, metrics.json and the model in {folder}/ ({metrics['seconds']:.0f} s)")
-    return metrics
-
-
-def compare_schedules(args: argparse.Namespace, verbs: Verbs) -> dict:
-    """A run for the monotonic and one for the cyclical KL weight in <out>/schedules/<schedule>/, and a figure."""
-    histories, metrics, folder = {}, {}, args.out / "schedules"
-    for schedule in SCHEDULES[:2]:
-        print(f"\n{schedule}")
-        own = argparse.Namespace(**vars(args) | {"kl_schedule": schedule})
-        metrics[schedule] = run(own, verbs, folder / schedule)
-        with open(folder / schedule / "history.csv", encoding="utf-8") as file:
-            histories[schedule] = [{key: float(v) for key, v in row.items()} for row in csv.DictReader(file)]
-    plot_history(folder / "schedules.png", histories)
-    print(f"\nwrote     {folder}/schedules.png")
+    device = pick_device(args.device)
+    with open_run(args.out, args, verbs.hashes):
+        seed_all(args.seed)
+        model = CVAE(args.latent_dim, args.hidden_dim).to(device)
+        average = train(model, verbs, args, state).cpu()
+        began, last = time.monotonic(), state["history"][-1]
+        kept = ("bleu4", "gaussian_score", "reconstruction", "kl")
+        metrics = {name: last[name] for name in kept} | score_run(average, verbs, args.seed)
+        metrics |= {"epochs": args.epochs, "latent_dim": args.latent_dim}
+        write_results(args, average, verbs, state["history"])
+        metrics["seconds"] = state["seconds"] + time.monotonic() - began
+        finished = {"version": VERSION, "settings": settings, "average": average.state_dict()}
+        write_file(checkpoint, partial(torch.save, finished | {"metrics": metrics}))
+        write_json(path, metrics)
     return metrics
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Run the command line `argv` and return the final metrics; with --compare-schedules, by schedule."""
-    if hasattr(sys.stdout, "reconfigure"):  # a ± is no reason to stop where the terminal or the log file has none
+    """Run the command line `argv` and return the final metrics."""
+    exit_on_signals(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal lacks stops nothing
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parse_args(argv)
-    stop_signals.clear()
-    try:
-        catch_signals(finish_batch=False)
-        if args.convert is not None or args.generate or args.interpolate:
-            return use_finished(args)
-        folder = find_data(args.data)
-        bundled = args.data is None and folder.name == "sample"
-        print(f"data      {folder}" + (f", the bundled sample. {SOURCE}" if bundled else ""))
-        verbs = read_verbs(folder, args.holdout, args.limit, args.seed)
-        if args.compare_schedules:
-            return compare_schedules(args, verbs)
-        metrics = run(args, verbs, args.out)
-        words = ["python", sys.argv[0], "--convert", verbs.train[0][0], "--to", "past", "--out", str(args.out)]
-        print(f"next      {shlex.join(words)}")
-        return metrics
-    except KeyboardInterrupt:
-        number = stop_signals[0] if stop_signals else signal.SIGINT
-        words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-        print(f"stopped   go on with: {shlex.join(['python', sys.argv[0], *words, '--resume'])}")
-        raise SystemExit(128 + number) from None
-    finally:
-        while held_locks:
-            os.close(held_locks.pop())
+    if args.convert is not None or args.generate or args.interpolate:
+        return use_finished(args)
+    folders = [HERE / "data", HERE.parent / "data", sample := HERE.parent / "data" / "sample"]
+    found = [folder for folder in folders if (folder / "train.txt").exists()]
+    folder = args.data or next(iter(found), folders[0])
+    print(f"data      {folder}" + (f", the bundled sample. {SOURCE}" if folder == sample else ""))
+    metrics = run(args, read_verbs(folder, args.holdout, args.limit, args.seed))
+    for name, value in metrics.items():
+        print(f"{name:24}{value}")
+    command = ["python", sys.argv[0], "--out", str(args.out), "--convert", "walk", "--to", "past"]
+    print(f"next      {shlex.join(command)}")
+    return metrics
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Make report.pdf and hw2_<student id>.zip, what the homework asks to hand in, from finished runs.
 
-    python report/build.py --student-id 0123456            from what stands in runs/
-    python report/build.py --student-id 0123456 --run      run what is missing first (about an hour on two cores)
-    python report/build.py --student-id 0123456 --quick    all of it on the bundled sample, in under ten minutes
+    python report/build.py --student-id 0123456          from what stands in runs/
+    python report/build.py --student-id 0123456 --run    run what is missing first (an hour)
+    python report/build.py --student-id 0123456 --quick  all on the bundled sample, in ten minutes
 
-report.typ reads its numbers and pictures from the runs by itself; a section whose run is missing names its command.
+report.typ reads its numbers and pictures from the runs by itself; a section whose run is missing
+names its command.
 """
 
 import argparse
@@ -28,7 +29,10 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SCRIPTS = ("transformer.py", "vae_mnist.py", "vae_anime.py")
-LAMBDAS = ["--lambda", "0", "1", "50", "100"]
+FILES = {"vae_mnist.py": "TibetanMNIST.npz", "vae_anime.py": "anime-faces.zip"}  # in --data
+TOKENIZERS = ("basic_english", "spacy", "nltk", "whitespace")
+SCHEDULES = ("monotonic", "cyclical")
+LAMBDAS = ["0", "1", "50", "100"]
 ABLATION = {  # name in the table: flags
     "as it is": [],
     "2 layers": ["--layers", "2"],
@@ -48,6 +52,14 @@ class Step(NamedTuple):
     key: str  # as report.typ asks for it
     done: Path
     command: list[str]
+    needs: tuple[Path, ...] = ()  # what measure.py reads; nothing for a run of a script
+
+    def missing(self) -> bool:
+        """Not done, or done before what it reads was made anew."""
+        if not self.done.exists():
+            return True
+        made = self.done.stat().st_mtime
+        return any(path.exists() and path.stat().st_mtime > made for path in self.needs)
 
 
 def fail(message: str) -> None:
@@ -59,100 +71,143 @@ def ablation_key(name: str) -> str:
     return "ablation/" + name.replace(" ", "-").replace(",", "").lower()
 
 
-def plan(runs: Path, data: Path | None, quick: bool) -> list[Step]:
-    """Every command that the report draws on, in order."""
+class Plan:
+    """The commands that the report draws on, in order, with `data` and results in `runs`."""
 
-    def script(name: str, out: str, flags: list[str], file: str = "") -> list[str]:
-        given = ["--data", str(data / file if file else data)] if data else []
-        return [sys.executable, str(ROOT / name), *given, "--out", str(runs / out), *flags]
+    def __init__(self, runs: Path, data: Path | None):
+        self.runs, self.data = runs, data
+        self.steps: list[Step] = []
 
-    def step(key: str, name: str, flags: list[str], file: str = "", done: str = "metrics.json") -> Step:
-        return Step(key, runs / key / done, script(name, key, flags, file))
+    def train(self, key: str, script: str, flags: list[str], done: str = "metrics.json") -> None:
+        """A run of `script` in the folder <runs>/<key>."""
+        file = FILES.get(script, "")
+        given = ["--data", str(self.data / file)] if self.data else []
+        out = ["--out", str(self.runs / key)]
+        command = [sys.executable, str(ROOT / script), *given, *out, *flags]
+        self.steps.append(Step(key, self.runs / key / done, command))
 
+    def measure(self, key: str, what: str, folder: str, done: str, needs: list[str]) -> None:
+        """measure.py on runs that stand before it in the plan."""
+        folder = self.runs / folder
+        command = [sys.executable, str(HERE / "measure.py"), what, str(folder)]
+        self.steps.append(Step(key, folder / done, command, tuple(folder / path for path in needs)))
+
+
+def plan_transformer(plan: Plan, quick: bool) -> None:
     few = ["--epochs", "4"] if quick else []
-    verbs = ["--epochs", "60", "--hidden-dim", "128"] if quick else []
-    steps = [step("transformer", "transformer.py", few)]
-    measure = [sys.executable, str(HERE / "measure.py"), str(runs / "transformer")]
-    steps.append(Step("measured", runs / "transformer" / "measured.json", measure))
-    steps.append(step("comparison", "transformer.py", [*few, "--compare-tokenizers"], done="tokenizers/tokenizers.csv"))
-    for name, flags in ABLATION.items():
-        steps.append(step(ablation_key(name), "transformer.py", ["--epochs", "2" if quick else "8", *flags]))
-    for key, file, quick_epochs, sweep_epochs in (
-        ("vae_mnist", "TibetanMNIST.npz", "4", "8"), ("vae_anime", "anime-faces.zip", "2", "2"),
-    ):  # fmt: skip
-        small = ["--iwae", "16", "--iwae-images", "20"] if quick else []
-        one = ["--epochs", quick_epochs, *small] if quick else []
-        steps.append(step(key, f"{key}.py", one, file, "lambda-1/metrics.json"))
-        epochs = ["--epochs", quick_epochs if quick else sweep_epochs, *small]
-        steps.append(step(f"{key}_sweep", f"{key}.py", [*LAMBDAS, *epochs], file, "sweep.csv"))
-    steps.append(step("cvae", "lab4/cvae.py", verbs))
-    steps.append(step("cvae_holdout", "lab4/cvae.py", ["--holdout", "20" if quick else "100", *verbs]))
-    fewer = verbs or ["--epochs", "60"]
-    steps.append(
-        step("cvae_schedules", "lab4/cvae.py", ["--compare-schedules", *fewer], done="schedules/schedules.png")
+    plan.train("transformer", "transformer.py", few)
+    plan.measure(
+        "transformer/measured", "transformer", "transformer", "measured.json", ["metrics.json"]
     )
-    return steps
+    for name in TOKENIZERS:
+        plan.train(f"comparison/{name}", "transformer.py", [*few, "--tokenizer", name])
+    needs = [f"{name}/metrics.json" for name in TOKENIZERS]
+    plan.measure("comparison", "tokenizers", "comparison", "tokenizers.csv", needs)
+    for name, flags in ABLATION.items():
+        epochs = ["--epochs", "2" if quick else "8"]
+        plan.train(ablation_key(name), "transformer.py", [*epochs, *flags])
+
+
+def plan_vae(plan: Plan, name: str, quick_epochs: str, sweep_epochs: str, quick: bool) -> None:
+    small = ["--iwae", "16", "--iwae-images", "20"] if quick else []
+    epochs = ["--epochs", quick_epochs if quick else sweep_epochs]
+    plan.train(name, f"{name}.py", [*epochs, *small] if quick else [], "lambda-1/metrics.json")
+    plan.train(f"{name}_sweep", f"{name}.py", ["--lambda", *LAMBDAS, *epochs, *small], "sweep.csv")
+    for run, weights in ((name, ["1"]), (f"{name}_sweep", LAMBDAS)):
+        needs = [f"lambda-{weight}/metrics.json" for weight in weights]
+        done = f"lambda-{weights[-1]}/measured.json"
+        plan.measure(f"{run}/measured", name, run, done, needs)
+
+
+def plan_cvae(plan: Plan, quick: bool) -> None:
+    verbs = ["--epochs", "60", "--hidden-dim", "128"] if quick else []
+    plan.train("cvae", "lab4/cvae.py", verbs)
+    holdout = ["--holdout", "20" if quick else "100"]
+    plan.train("cvae_holdout", "lab4/cvae.py", [*holdout, *verbs])
+    for name in SCHEDULES:
+        flags = ["--kl-schedule", name, *(verbs or ["--epochs", "60"])]
+        plan.train(f"cvae_schedules/{name}", "lab4/cvae.py", flags)
+    needs = [f"{name}/metrics.json" for name in SCHEDULES]
+    plan.measure("cvae_schedules", "schedules", "cvae_schedules", "schedules.png", needs)
+
+
+def make_plan(runs: Path, data: Path | None, quick: bool) -> list[Step]:
+    """Every command that the report draws on, in order."""
+    plan = Plan(runs, data)
+    plan_transformer(plan, quick)
+    plan_vae(plan, "vae_mnist", "4", "8", quick)
+    plan_vae(plan, "vae_anime", "2", "2", quick)
+    plan_cvae(plan, quick)
+    return plan.steps
 
 
 def run_missing(steps: list[Step], runs: Path) -> None:
-    """Run each step whose result is not there. Each has its own folder to stand in, where submission.csv falls."""
-    missing = [step for step in steps if not step.done.exists()]
-    handler = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the run as well, which saves and ends
+    """Run what is not done, each run in a folder of its own, where its submission.csv falls."""
+    missing = [step for step in steps if step.missing()]
+    # Ctrl-C reaches the run as well, which ends by itself
+    handler = signal.signal(signal.SIGINT, lambda *_: None)
     for step in tqdm(missing, "runs", disable=None):
-        where = runs / "cwd" / step.key
-        where.mkdir(parents=True, exist_ok=True)
         print(f"\nrun       {shlex.join(step.command)}", flush=True)
-        if step.key == "measured":  # as the transformer's run did, it reads --data from where the user stands
+        where = runs / "cwd" / step.key
+        if step.needs:  # it reads --data from where the user stands, as the runs themselves did
             code = subprocess.run(step.command, check=False).returncode
         else:
-            code = subprocess.run([*step.command, "--resume"], cwd=where, check=False).returncode
+            where.mkdir(parents=True, exist_ok=True)
+            command = [*step.command, "--resume"]
+            code = subprocess.run(command, cwd=where, check=False).returncode
         if code in (130, 143):
             print("stopped   the same command goes on from there")
             raise SystemExit(code)
         if code:
-            fail("that command failed; its lines above say why. Mend it, then run this again: finished runs are kept")
+            fail(
+                "that command failed; its lines above say why. "
+                "Mend it, then run this again: finished runs are kept"
+            )
         if step.key == "transformer":
             print(f"kept      {where / 'submission.csv'}, to upload")
     signal.signal(signal.SIGINT, handler)
 
 
 def read_runs(steps: list[Step]) -> dict:
-    """What report.typ needs to know about the runs beside their files: which are there, how the others are made."""
+    """What report.typ has to know: which runs are there, how to make the others, the ablation."""
 
     def shown(step: Step) -> str:
-        words = [str(Path(word).relative_to(ROOT)) if word.startswith(f"{ROOT}/") else word for word in step.command]
-        return shlex.join(["python", *words[1:]])
+        inside = f"{ROOT}/"
+        words = [word.removeprefix(inside) for word in step.command[1:]]
+        return shlex.join(["python", *words])
 
     ablation = []
     for name, flags in ABLATION.items():
         [step] = [step for step in steps if step.key == ablation_key(name)]
         if step.done.exists():
-            ablation.append({"name": name, "flags": " ".join(flags), **json.loads(step.done.read_text())})
+            metrics = json.loads(step.done.read_text(encoding="utf-8"))
+            ablation.append({"name": name, "flags": " ".join(flags), **metrics})
     if ablation and ablation[0]["name"] != "as it is":
         ablation = []  # nothing to compare with
-    missing = {step.key: shown(step) for step in steps if not step.done.exists()}
+    missing = {step.key: shown(step) for step in steps if step.missing()}
     return {"missing": missing, "ablation": ablation, "partial": partial_runs(steps)}
 
 
 def partial_runs(steps: list[Step]) -> dict[str, str]:
-    """The runs that do not stand for the homework's data, and why: the bundled sample, or --limit."""
-    sample = {hashlib.sha256(path.read_bytes()).hexdigest() for path in (ROOT / "data" / "sample").glob("*")}
+    """The runs that are not on all the homework's data, and why: the bundled sample, or --limit."""
+    files = (ROOT / "data" / "sample").glob("*")
+    sample = {hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     found = {}
     for step in steps:
-        if step.key == "measured":  # on the transformer's run
+        configs = sorted(step.done.parent.rglob("config.json"))
+        if step.needs or not step.done.exists() or not configs:
             continue
-        path = next(iter(sorted(step.done.parent.rglob("config.json"))), None) if step.done.exists() else None
-        if path:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            reasons = ["on the bundled sample"] if sample & set(config["sha256"].values()) else []
-            reasons += [f"--limit {config['arguments']['limit']}"] if config["arguments"]["limit"] else []
-            if reasons:
-                found[step.key] = ", ".join(reasons)
+        config = json.loads(configs[0].read_text(encoding="utf-8"))
+        limit = config["arguments"]["limit"]
+        reasons = ["on the bundled sample"] if sample & set(config["sha256"].values()) else []
+        reasons += [f"--limit {limit}"] if limit else []
+        if reasons:
+            found[step.key] = ", ".join(reasons)
     return found
 
 
 def typeset(runs: Path, about: dict, student_id: str) -> bytes:
-    """The PDF. Typst reads files below `root` only, so report.typ goes beside the runs for as long as it takes."""
+    """The PDF. Typst reads files below `root` only, so report.typ goes beside the runs."""
     with tempfile.TemporaryDirectory(dir=runs, prefix=".report") as folder:
         source = Path(folder) / "report.typ"
         shutil.copy(HERE / "report.typ", source)
@@ -160,16 +215,19 @@ def typeset(runs: Path, about: dict, student_id: str) -> bytes:
         try:
             return typst.compile(source, root=runs, format="pdf", sys_inputs=inputs)
         except typst.TypstError as error:
-            fail(f"report/report.typ: {error.message}" + "".join(f" ({hint})" for hint in error.hints))
+            fail(
+                f"report/report.typ: {error.message}"
+                + "".join(f" ({hint})" for hint in error.hints)
+            )
 
 
 def try_alone(script: Path) -> None:
-    """Start `script` from an empty folder that holds nothing else: it must say in one line what data it misses."""
+    """Start `script` from a folder of its own: it must say in one line what data it misses."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(script, folder)
         for flags, code in ((["--help"], 0), ([], 2)):
-            done = subprocess.run([sys.executable, script.name, *flags], cwd=folder, capture_output=True, text=True,
-                                  check=False)  # fmt: skip
+            command = [sys.executable, script.name, *flags]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
             if done.returncode != code or "Traceback" in done.stderr:
                 fail(f"{script}: does not start from an empty folder: {done.stderr.strip()[-300:]}")
 
@@ -190,49 +248,61 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.error = fail
     add = parser.add_argument
-    add("--student-id", required=True, metavar="ID", help="letters and digits; names the zip and what is in it")
+    add("--student-id", required=True, metavar="ID", help="letters and digits; names the zip")
     add("--run", action="store_true", help="run what is missing first")
-    add("--quick", action="store_true", help="run everything on the bundled sample, in runs/quick")
-    add("--data", type=Path, metavar="DIR", help="folder with the real files; otherwise data/, or the bundled sample")
-    add("--runs", type=Path, metavar="DIR", default=Path("runs"), help="folder of the runs (default: runs)")
-    add("--out", type=Path, metavar="DIR", default=Path("."), help="where report.pdf and the zip go (default: here)")
+    add("--quick", action="store_true", help="everything on the bundled sample, in runs/quick")
+    add("--data", type=Path, metavar="DIR", help="the real files; else data/ or the bundled sample")
+    add("--runs", type=Path, metavar="DIR", default=Path("runs"), help="of the runs [%(default)s]")
+    add("--out", type=Path, metavar="DIR", default=Path("."), help="of report.pdf and zip [here]")
     add("--force", action="store_true", help="replace an existing zip")
-    args = parser.parse_args(argv)
-    if not (args.student_id.isascii() and args.student_id.isalnum() and len(args.student_id) <= 32):
-        fail(f"--student-id {args.student_id[:40]!r}: give letters and digits only, 32 at most, as in 0123456")
+    return parser.parse_args(argv)
+
+
+def check_args(args: argparse.Namespace) -> Path:
+    """End over what cannot be done; return where the zip goes."""
+    name = args.student_id
+    if not (name.isascii() and name.isalnum() and len(name) <= 32):
+        fail(f"--student-id {name[:40]!r}: give letters and digits only, 32 at most, as in 0123456")
     if args.quick and args.data:
         fail("--quick runs on the bundled sample. Leave out --quick or --data")
-    archive = args.out / f"hw2_{args.student_id}.zip"
+    archive = args.out / f"hw2_{name}.zip"
     if archive.exists() and not args.force:
-        fail(f"{archive}: exists already. Replace it with --force, or name another folder with --out")
+        fail(f"{archive}: exists already. Replace it with --force, or name another --out")
     if not args.out.is_dir():
         fail(f"--out {args.out}: no such folder. Make it first")
+    return archive
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    archive = check_args(args)
     runs = (args.runs / "quick" if args.quick else args.runs).resolve()
     data = ROOT / "data" / "sample" if args.quick else args.data.resolve() if args.data else None
     try:
         runs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--runs {args.runs}: {error.strerror}. Name another folder")
-    steps = plan(runs, data, args.quick)
+    steps = make_plan(runs, data, args.quick)
     if args.run or args.quick:
         run_missing(steps, runs)
     about = read_runs(steps)
     for key, command in about["missing"].items():
         print(f"missing   {key}: {command}")
     for key, reason in ({} if args.quick else about["partial"]).items():
-        print(f"warning   {key}: {reason}; the report says so. To run it anew, remove {runs / key} first")
+        print(f"warning   {key}: {reason}; the report says so. To run it anew, remove {runs / key}")
     pdf = typeset(runs, about, args.student_id)
     write_whole(args.out / "report.pdf", pdf)
     for name in SCRIPTS:
         try_alone(ROOT / name)
     write_zip(archive, args.student_id, pdf)
-    print(f"wrote     {args.out / 'report.pdf'} and {archive}: the PDF and three scripts, each tried alone")
+    print(f"wrote     {args.out / 'report.pdf'} and {archive}: the PDF and the scripts, each tried")
     if about["missing"]:
-        words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--run", "--force")]
+        words = sys.argv[1:] if argv is None else argv
+        words = [word for word in words if word not in ("--run", "--force")]
         command = shlex.join(["python", "report/build.py", *words, "--run", "--force"])
         print(f"next      {command}, for the missing sections")
 

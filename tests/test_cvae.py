@@ -1,6 +1,5 @@
 """lab4/cvae.py: mathematics against independent references, runs, every bad input's line."""
 
-import csv
 import json
 import math
 import os
@@ -13,6 +12,7 @@ import sys
 from pathlib import Path
 
 import nltk
+import pandas as pd
 import pytest
 import torch
 
@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "lab4"))
 import cvae  # noqa: E402
 
-SMALL = shlex.split("--data verbs --out run --epochs 3 --batch-size 16 --hidden-dim 16 --device cpu")
+SMALL = shlex.split(
+    "--data verbs --out run --epochs 3 --batch-size 16 --hidden-dim 16 --device cpu"
+)
 VERBS = (ROOT / "data" / "sample" / "train.txt").read_text().splitlines()
 TESTS = "accept accepted sp->p\nadds add tp -> sp\n"
 
@@ -59,16 +61,23 @@ def test_reconstruction_loss_is_the_log_probability_of_the_word_and_its_end():
     )
 
 
+def logits_of(model, z, tense, words):
+    """The decoder's logits where each letter of `words` is right."""
+    given = torch.nn.functional.pad(words, (1, -1), value=cvae.START)
+    return model.decode(model.first_state(z), tense, given)[0]
+
+
 def test_padding_changes_nothing():
-    model, tense = cvae.CVAE(4, 16).eval(), torch.tensor([3])
+    model, tense = cvae.CVAE(4, 16), torch.tensor([3])
     alone = cvae.encode_words(["went"])
     padded = cvae.encode_words(["went", "understanding"])[:1]
-    for one, other in zip(model.encoder(alone, tense), model.encoder(padded, tense), strict=True):
+    for one, other in zip(model.encode(alone, tense), model.encode(padded, tense), strict=True):
         torch.testing.assert_close(one, other)
-    z, losses = torch.randn(1, 4), []
-    for words in (alone, padded):
-        given = torch.nn.functional.pad(words, (1, -1), value=cvae.START)
-        losses.append(cvae.reconstruction_loss(model.decoder(z, tense, given), words))
+    z = torch.randn(1, 4)
+    losses = [
+        cvae.reconstruction_loss(logits_of(model, z, tense, words), words)
+        for words in (alone, padded)
+    ]
     torch.testing.assert_close(*losses)
 
 
@@ -76,11 +85,10 @@ def test_spelling_letter_by_letter_equals_one_pass_over_its_own_letters():
     torch.manual_seed(0)
     model, z, tense = cvae.CVAE(4, 16), torch.randn(20, 4) * 3, torch.arange(20) % 4
     spelled = model.spell(z, tense)
-    words = cvae.encode_words(spelled + ["a" * cvae.MAX_LETTERS])[:20]
-    logits = model.decoder(z, tense, torch.nn.functional.pad(words, (1, -1), value=cvae.START))
-    again = logits[..., 1:].argmax(-1) + 1
-    keep = cvae.until_end(words) & (torch.arange(words.shape[1]) < cvae.MAX_LETTERS)
-    assert len(set(spelled)) > 1 and torch.equal(again[keep], words[keep])
+    words = cvae.encode_words(spelled)
+    again = logits_of(model, z, tense, words)[..., 1:].argmax(-1) + 1
+    to_spell = (words != cvae.START) & (torch.arange(words.shape[1]) < cvae.MAX_LETTERS)
+    assert len(set(spelled)) > 1 and torch.equal(again[to_spell], words[to_spell])
 
 
 def test_the_decoder_sees_no_letter_that_it_is_to_spell():
@@ -88,17 +96,32 @@ def test_the_decoder_sees_no_letter_that_it_is_to_spell():
     z, tense = torch.randn(1, 4), torch.tensor([0])
     other = words.clone()
     other[0, 3] = 20
-    first, second = (
-        model.decoder(z, tense, torch.nn.functional.pad(w, (1, -1), value=cvae.START)) for w in (words, other)
-    )
+    first, second = (logits_of(model, z, tense, w) for w in (words, other))
     torch.testing.assert_close(first[:, :4], second[:, :4])
     assert not torch.allclose(first[:, 4:], second[:, 4:])
+
+
+def test_forward_gives_the_two_terms_of_the_bound():
+    verbs = cvae.Verbs([tuple(line.split()) for line in VERBS], [], [], frozenset(), {})
+    model, generator = cvae.CVAE(4, 16), torch.Generator().manual_seed(0)
+    batch = cvae.make_batch(verbs, torch.arange(6), 0.5, 4, generator)
+    source, source_tense, target, target_tense, noise = batch
+    assert source.shape[0] == 9 and target.shape[0] == 18
+    assert all(a != b for a, b in target_tense.view(2, 9).T.tolist())
+    mu, logvar = model.encode(source, source_tense)
+    z = mu.repeat(2, 1) + (logvar / 2).exp().repeat(2, 1) * noise
+    loss = cvae.reconstruction_loss(logits_of(model, z, target_tense, target), target)
+    reconstruction, kl = model(batch, 1.0)
+    torch.testing.assert_close(reconstruction, (loss[:9] + loss[9:]) / 2)
+    torch.testing.assert_close(kl, cvae.kl_divergence(mu, logvar))
 
 
 def test_bleu4_weights():
     smooth = nltk.translate.bleu_score.SmoothingFunction().method1
     for reference, prediction in (("began", "begin"), ("abetted", "abetted")):
-        expected = nltk.translate.bleu_score.sentence_bleu([reference], prediction, smoothing_function=smooth)
+        expected = nltk.translate.bleu_score.sentence_bleu(
+            [reference], prediction, smoothing_function=smooth
+        )
         assert cvae.bleu4(reference, prediction) == pytest.approx(expected)
     assert cvae.bleu4("ran", "ran") == pytest.approx(1.0)  # with 4-grams it could not be
     assert cvae.bleu4("abetted", "abetting") < 1
@@ -110,17 +133,23 @@ def test_kl_weight_schedules():
     rising = [cvae.kl_weight("monotonic", p, 4, 0.3) for p in steps]
     assert rising[0] == 0 and rising == sorted(rising) and rising[50:] == [0.3] * 50
     cyclical = [cvae.kl_weight("cyclical", p, 4, 0.3) for p in steps]
-    assert cyclical.count(0) == 4 and cyclical[:25] == pytest.approx(cyclical[25:50]) and max(cyclical) == 0.3
+    assert (
+        cyclical.count(0) == 4
+        and cyclical[:25] == pytest.approx(cyclical[25:50])
+        and max(cyclical) == 0.3
+    )
 
 
 def test_mix_letters():
     torch.manual_seed(0)
     right, logits = torch.randint(1, 27, (50, 9)), torch.randn(50, 9, 28)
-    own = logits.argmax(-1)
+    guesses = logits.argmax(-1)
     shifted = torch.cat([torch.zeros(50, 1, dtype=torch.long), right[:, :-1]], 1)
     assert torch.equal(cvae.mix_letters(right, logits, 1.0), shifted)
-    assert torch.equal(cvae.mix_letters(right, logits, 0.0)[:, 1:], own[:, :-1])
-    assert ((cvae.mix_letters(right, logits, 0.7) == shifted)[:, 1:]).float().mean() == pytest.approx(0.7, abs=0.08)
+    assert torch.equal(cvae.mix_letters(right, logits, 0.0)[:, 1:], guesses[:, :-1])
+    assert (
+        (cvae.mix_letters(right, logits, 0.7) == shifted)[:, 1:]
+    ).float().mean() == pytest.approx(0.7, abs=0.08)
 
 
 def test_likeliest_verbs_equal_torch_distributions():
@@ -128,7 +157,9 @@ def test_likeliest_verbs_equal_torch_distributions():
     (mu, logvar), z = torch.randn(2, 7, 4, 3), torch.randn(50, 3)
     q = torch.distributions.Independent(torch.distributions.Normal(mu, (logvar / 2).exp()), 1)
     density = q.log_prob(z[:, None, None]).logsumexp(2)  # (50, 7)
-    assert torch.equal(cvae.likeliest_verbs(z, mu, logvar), density.argmax(1))
+    assert torch.equal(
+        cvae.likeliest_verbs(z, mu.flatten(0, 1), logvar.flatten(0, 1)), density.argmax(1)
+    )
     assert density.argmax(1).unique().numel() > 3
 
 
@@ -140,16 +171,16 @@ def test_the_first_letter_is_the_same_in_all_tenses():
 
 
 def test_scores_of_generated_verbs_see_collapse():
-    known = {("go",), ("be",)}
+    known = [("go",), ("be",)]
     assert cvae.score_generated([("go",)] * 200, known) == (1.0, 1.0)
     assert cvae.score_generated([("go",), ("be",), ("bo",), ("be",)], known) == (0.75, 2.0)
 
 
 def test_words_and_integers_go_both_ways():
     words = ["a", "z", "understanding"]
-    tokens = cvae.encode_words(words)
-    assert cvae.decode_words(tokens) == words
-    assert cvae.until_end(tokens).sum(1).tolist() == [2, 2, 14]
+    rows = cvae.encode_words(words).tolist()
+    spelled = ["".join(cvae.ALPHABET[token] for token in row) for row in rows]
+    assert [word.strip("^") for word in spelled] == ["a$", "z$", "understanding$"]
 
 
 def test_invented_verbs_keep_endings():
@@ -158,14 +189,16 @@ def test_invented_verbs_keep_endings():
     endings = {tuple(form[len(os.path.commonprefix(verb)) :] for form in verb) for verb in verbs}
     assert len(set(invented) - set(verbs)) > 250
     for verb in invented:
-        ways = {tuple(form[cut:] for form in verb) for cut in range(len(os.path.commonprefix(verb)) + 1)}
+        ways = {
+            tuple(form[cut:] for form in verb) for cut in range(len(os.path.commonprefix(verb)) + 1)
+        }
         assert ways & endings
 
 
 def test_overfits_32_verbs(here):
     (here / "verbs" / "train.txt").write_text("\n".join(VERBS[:32]))
-    metrics = cvae.main(["--data", "verbs", "--epochs", "150", "--batch-size", "4", "--hidden-dim", "64",
-                         "--device", "cpu", "--latent-dim", "8", "--kl-max", "0.1"])  # fmt: skip
+    words = "--data verbs --epochs 150 --batch-size 4 --hidden-dim 64 --latent-dim 8 --kl-max 0.1"
+    metrics = cvae.main([*words.split(), "--device", "cpu"])
     assert metrics["bleu4"] == pytest.approx(1.0)
     assert metrics["gaussian_score_10000"] > 0.5
     assert metrics["distinct_valid_per_100"] > 16
@@ -173,12 +206,11 @@ def test_overfits_32_verbs(here):
 
 def test_300_epochs_stay_finite_and_in_memory(here):
     (here / "verbs" / "train.txt").write_text("\n".join(VERBS[:12]))
-    run("--epochs", "20", "--teacher-forcing", "0.5")
+    run("--epochs", "150", "--teacher-forcing", "0.5")  # until then the allocator still fills up
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run("--epochs", "300", "--lr", "0.05", "--teacher-forcing", "0.5", "--kl-schedule", "cyclical")
-    with open("run/history.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 300 and all(math.isfinite(float(value)) for row in rows for value in row.values())
+    rows = pd.read_csv("run/history.csv")
+    assert len(rows) == 300 and rows.map(math.isfinite).all(axis=None)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 20_000 * (
         1024 if sys.platform == "darwin" else 1
     )
@@ -187,14 +219,14 @@ def test_300_epochs_stay_finite_and_in_memory(here):
 def test_run_leaves_what_it_promises(here, capsys):
     metrics = run()
     left = {path.name for path in (here / "run").iterdir()}
-    assert left == {"config.json", "checkpoint.pt", "conversions.csv", "generated.csv", "history.csv",
-                    "interpolation.csv", "metrics.json", "training.png"}  # fmt: skip
+    tables = {"conversions.csv", "generated.csv", "history.csv", "interpolation.csv"}
+    assert left == tables | {"config.json", "checkpoint.pt", "metrics.json", "training.png"}
     assert json.loads((here / "run" / "metrics.json").read_text()) == metrics
     assert metrics["heldout_exact"] is None and metrics["test_verbs_trained_on"]
     out = capsys.readouterr().out
-    assert "BLEU-4" in out and "different ones in 100" in out and "--holdout 100" in out
-    with open("run/conversions.csv") as file:
-        assert [row["target"] for row in csv.DictReader(file)] == ["accepted", "add"]
+    assert all(name in out for name in metrics) and "--convert" in out
+    assert pd.read_csv("run/conversions.csv")["target"].tolist() == ["accepted", "add"]
+    assert pd.read_csv("run/generated.csv").columns.tolist() == [*cvae.TENSES, "training line"]
 
     assert cvae.main(["--out", "run", "--convert", "walk", "--to", "past"])["word"] is not None
     assert len(cvae.main(["--out", "run", "--generate", "7"])["verbs"]) == 7
@@ -204,11 +236,18 @@ def test_run_leaves_what_it_promises(here, capsys):
 
 def test_held_out_verbs_are_not_trained_on(here):
     metrics = run("--holdout", "5")
-    assert metrics["heldout_verbs"] == 5 and 0 <= metrics["heldout_exact"] <= 1 and not metrics["test_verbs_trained_on"]
+    assert (
+        metrics["heldout_verbs"] == 5
+        and 0 <= metrics["heldout_exact"] <= 1
+        and not metrics["test_verbs_trained_on"]
+    )
     verbs = cvae.read_verbs(here / "verbs", 5, None, 0)
     trained = {form for verb in verbs.train for form in verb}
     assert not trained & {form for verb in verbs.held_out for form in verb}
-    assert not trained & {"accept", "accepted", "add", "adds"} and metrics["verbs"] == len(verbs.train) == 33
+    assert (
+        not trained & {"accept", "accepted", "add", "adds"}
+        and metrics["verbs"] == len(verbs.train) == 33
+    )
     assert cvae.read_verbs(here / "verbs", 5, None, 1).held_out != verbs.held_out
 
 
@@ -224,13 +263,14 @@ def test_made_up_verbs_spell_no_held_out_verb(here, monkeypatch):
     assert told and told[0] >= {"accept", "accepted", "add", "adds"}.union(*verbs.held_out)
 
 
-def test_compare_schedules(here):
-    metrics = run("--compare-schedules")
-    assert set(metrics) == {"monotonic", "cyclical"}
-    assert (here / "run" / "schedules" / "schedules.png").stat().st_size > 10_000
+def test_histories_read_again_are_drawn_side_by_side(here):
+    run()
+    rows = pd.read_csv("run/history.csv").to_dict("records")
+    cvae.plot_history(Path("both.png"), {"monotonic": rows, "cyclical": rows})
+    assert Path("both.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7])  # 2 is the last batch of an epoch; 7 learns from prior draws
+@pytest.mark.parametrize("steps", [1, 5, 8])  # in the first epoch, the second, the third
 def test_resume_equals_no_interruption(here, monkeypatch, capsys, steps):
     flags = ["--holdout", "4", "--prior-draws", "1"]
     whole = run(*flags)
@@ -238,45 +278,50 @@ def test_resume_equals_no_interruption(here, monkeypatch, capsys, steps):
 
     def interrupted(*args):
         if next(count) == steps:
-            os.kill(os.getpid(), signal.SIGTERM if steps == 7 else signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM if steps == 8 else signal.SIGINT)
         return rate(*args)
 
     monkeypatch.setattr(cvae, "learning_rate", interrupted)
     with pytest.raises(SystemExit) as stopped:
         run(*flags, "--out", "other")
-    assert stopped.value.code == (143 if steps == 7 else 130)
+    assert stopped.value.code == (143 if steps == 8 else 130)
     assert "--resume" in capsys.readouterr().out
+    assert (here / "other" / "checkpoint.pt").exists() == (steps > 1)
     assert without_seconds(run(*flags, "--out", "other", "--resume")) == without_seconds(whole)
+    assert next(count) < 17  # 9 steps and those of no more than an epoch again
     assert without_seconds(run(*flags, "--seed", "1")) != without_seconds(whole)
 
 
-def test_non_finite_loss_goes_back_and_then_gives_up(here, monkeypatch, capsys):
+def test_non_finite_loss_ends_the_run_and_leaves_the_last_epoch(here, monkeypatch, capsys):
     loss, count = cvae.reconstruction_loss, iter(range(10_000))
-    monkeypatch.setattr(cvae, "reconstruction_loss", lambda *a: loss(*a) * (math.nan if next(count) == 2 else 1))
-    run()
-    assert "half the learning rate" in capsys.readouterr().out
-    monkeypatch.setattr(cvae, "reconstruction_loss", lambda *a: loss(*a) * math.nan)
+    spoilt = lambda *a: loss(*a) * (math.nan if next(count) == 4 else 1)  # noqa: E731
+    monkeypatch.setattr(cvae, "reconstruction_loss", spoilt)
     with pytest.raises(SystemExit) as stopped:
-        run()
-    assert stopped.value.code == 2 and "Lower --lr" in capsys.readouterr().err
+        run("--prior-draws", "0")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert "epoch 2, step 5" in error and "Lower --lr (now 0.004)" in error
+    assert len(torch.load("run/checkpoint.pt", weights_only=True)["history"]) == 1
 
 
 def test_repeated_and_out_of_order_lines_are_reported(here, capsys):
     with open("verbs/train.txt", "a") as file:
         file.write("accept accepts accepting accepted\ndrip dripped dript drips\n")
-    verbs, _ = cvae.read_train(Path("verbs/train.txt"))
+    assert len(cvae.read_train(Path("verbs/train.txt"))) == 40
     out = capsys.readouterr().out
-    assert len(verbs) == 40 and "1 repeated lines counted once: accept" in out
-    assert "1 lines left out" in out and "line 42 (drip dripped dript drips)" in out
+    assert "2 lines left out" in out and "drip dripped dript drips" in out
 
 
 def test_the_courses_ten_pairs_have_the_tenses_of_its_readme(here):
-    pairs = ["abandon abandoned", "abet abetting", "begin begins", "expend expends", "sent sends", "split splitting",
-             "flared flare", "functioning function", "functioning functioned", "healing heals"]  # fmt: skip
-    Path("verbs/test.txt").write_text("\n".join(pairs))
-    tests, _ = cvae.read_test(Path("verbs/test.txt"))
+    pairs = """abandon abandoned\nabet abetting\nbegin begins\nexpend expends\nsent sends
+        split splitting\nflared flare\nfunctioning function
+        functioning functioned\nhealing heals"""
+    Path("verbs/test.txt").write_text(pairs)
+    tests = cvae.read_test(Path("verbs/test.txt"))
     assert (
-        tests[0] == ("abandon", "abandoned", 0, 3) and tests[4][2:] == (3, 1) and tests[9] == ("healing", "heals", 2, 1)
+        tests[0] == ("abandon", "abandoned", 0, 3)
+        and tests[4][2:] == (3, 1)
+        and tests[9] == ("healing", "heals", 2, 1)
     )
 
 
@@ -285,7 +330,11 @@ def test_runs_from_an_empty_folder(here):
     shutil.copy(ROOT / "lab4" / "cvae.py", here / "alone")
     command = [sys.executable, "cvae.py"]
     done = subprocess.run(command, cwd=here / "alone", capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: no data/train.txt") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and "data/train.txt: No such file" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
     shutil.copytree(here / "verbs", here / "alone" / "data")
     command += ["--epochs", "1", "--hidden-dim", "8"]
     done = subprocess.run(command, cwd=here / "alone", capture_output=True, text=True, check=False)
@@ -295,46 +344,52 @@ def test_runs_from_an_empty_folder(here):
 
 TRAIN, TEST = "verbs/train.txt", "verbs/test.txt"
 BAD = [
-    (TRAIN, "go goes going\n", [], "line 1 has 3 words, not 4"),
-    (TRAIN, "Go goes going went\n", [], "line 1: 'Go' is not made of the letters"),
-    (TRAIN, "go goes go1ng went\n", [], "line 1: 'go1ng' is not made of the letters"),
-    (TRAIN, "gö goes going went\n", [], "is no letter a to z"),
+    (TRAIN, "go goes going\n", [], "line 1, 'go goes going', is not four words"),
+    (TRAIN, "Go goes going went\n", [], "line 1, 'Go goes going went', is not four words"),
+    (TRAIN, "go goes go1ng went\n", [], "line 1, 'go goes go1ng went', is not"),
+    (TRAIN, "gö goes going went\n", [], "can't decode byte 0xc3"),
     (TRAIN, "", [], "is empty"),
     (TRAIN, "\n\n", [], "is empty"),
-    (TRAIN, "go goes going went\n", [], "1 verbs are too few"),
-    (TRAIN, "go goes going " + "w" * 21, [], "has 21 letters, more than 20"),
+    (TRAIN, "go goes going went\n", [], "1 verbs to train on are too few"),
+    (TRAIN, "go goes going " + "w" * 21, [], "four words of up to 20 small letters"),
     (TRAIN, None, [], "No such file"),
     (TEST, None, [], "No such file"),
     (TEST, "", [], "is empty"),
     (TEST, "go went\n", [], "1 pairs without tenses"),
-    (TEST, "go went sp->p\nsee saw\n", [], "line 2 has no tenses"),
-    (TEST, "go went sp->past\n", [], "line 1 has no tenses"),
-    (TEST, "go went p\n", [], "line 1 has no tenses"),
-    (TEST, "go\n", [], "line 1 has"),
-    (TEST, "go Went sp->p\n", [], "'Went' is not made of"),
-    (None, None, ["--holdout", "39"], "--holdout 39"),
-    (None, None, ["--convert", "walk", "--out", "nowhere"], "nowhere: no run there"),
-    (None, None, ["--convert", "Walk"], "--convert: 'Walk' is not"),
-    (None, None, ["--interpolate", "walk", "r2n"], "--interpolate: 'r2n' is not"),
-    (None, None, ["--teacher-forcing", "1.5"], "'1.5' is not a number from 0 to 1"),
-    (None, None, ["--kl-max", "nan"], "'nan' is not"),
+    (TEST, "go went sp->p\nsee saw\n", [], "1 pairs without tenses, such as see saw"),
+    (TEST, "go went sp->past\n", [], "line 1, 'go went sp->past', is not two words"),
+    (TEST, "go went p\n", [], "line 1, 'go went p', is not"),
+    (TEST, "go\n", [], "line 1, 'go', is not"),
+    (TEST, "go Went sp->p\n", [], "line 1, 'go Went sp->p', is not"),
+    (None, None, ["--holdout", "39"], "--holdout is 39"),
+    (None, None, ["--convert", "walk", "--out", "nowhere"], "nowhere: no finished run"),
+    (None, None, ["--convert", "Walk"], "'Walk': give a verb"),
+    (None, None, ["--convert", ""], "'': give a verb"),
+    (None, None, ["--interpolate", "walk", "r2n"], "'r2n': give a verb"),
+    (None, None, ["--teacher-forcing", "1.5"], "--teacher-forcing 1.5: give a number from 0 to 1"),
+    (None, None, ["--kl-max", "nan"], "--kl-max nan: give a number"),
     (None, None, ["--resume", "--hidden-dim", "8"], "trained with hidden_dim 16, not 8"),
-    ("run/checkpoint.pt", "rubbish", ["--resume"], "not a checkpoint that can be read"),
+    ("run/checkpoint.pt", "rubbish", ["--resume"], "File is not a zip file"),
 ]
 
 
 @pytest.mark.parametrize("file, text, flags, line", BAD, ids=lambda value: str(value)[:30])
 def test_bad_input_ends_with_one_line(here, capsys, file, text, flags, line):
     run()
-    kept = {path: path.read_bytes() for path in (here / "run").iterdir()}
+    before = {path: path.read_bytes() for path in (here / "run").iterdir()}
     if file and text is None:
         Path(file).unlink()
     elif file:
         Path(file).write_text(text, encoding="utf-8")
-        kept.pop(here / file, None)
+        before.pop(here / file, None)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         run(*flags)
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and line in err
-    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert (
+        stopped.value.code == 2
+        and err.startswith("error: ")
+        and err.count("\n") == 1
+        and line in err
+    )
+    assert all(path.read_bytes() == content for path, content in before.items())

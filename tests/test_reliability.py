@@ -1,9 +1,9 @@
-"""Nothing lost: killed while it writes, out of room, unreadable files, two at once, two processes, the same answer."""
+"""Nothing lost: killed while it writes, no room, unreadable files, two at once, the same answer."""
 
-import argparse
 import functools
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -74,7 +74,7 @@ def folder_of(script, out):
 
 
 def left_whole(script, out):
-    """Every checkpoint, picture and table that stands there under its own name can be read whole."""
+    """Every checkpoint, picture and table that has its own name there can be read whole."""
     from PIL import Image
 
     assert Path(out).is_dir()
@@ -86,7 +86,15 @@ def left_whole(script, out):
         elif path.suffix == ".json":
             json.loads(path.read_text())
         elif path.name == "submission.csv":
-            assert len(transformer.read_rows(path)[0]) == len(transformer.read_rows(SAMPLE / "test.csv")[0])
+            ids = transformer.read_table(SAMPLE / "test.csv")[0]["Id"]
+            assert list(transformer.read_table(path)[0]["Id"]) == list(ids)
+
+
+def the_line(capsys):
+    """The one line that stands on stderr."""
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
 
 
 def temporary_names():
@@ -123,14 +131,14 @@ def test_killed_while_it_writes(script, suffix, number, monkeypatch):
 
 
 @each_script
-@pytest.mark.parametrize("when", ["learning_rate", "new_figure"])  # the second checkpoint fails, the first figure
+@pytest.mark.parametrize("when", ["learning_rate", "Figure"])  # second checkpoint, first figure
 def test_no_room(script, when, monkeypatch, capsys):
     function, limits = getattr(script, when), resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(*args):
+    def fill(*args, **keywords):
         if (folder_of(script, "full") / "checkpoint.pt").exists():
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        return function(*args)
+        return function(*args, **keywords)
 
     whole(script), capsys.readouterr()
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
@@ -139,16 +147,16 @@ def test_no_room(script, when, monkeypatch, capsys):
             run(script, "--out", "full")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and "cannot be written" in error, error
+    assert stopped.value.code == 2 and "cannot be written" in the_line(capsys)
     assert not temporary_names()
     left_whole(script, "full")
     assert run(script, "--out", "full", "--resume") == whole(script)
 
 
 UNREADABLE = Path("/proc/self/mem")  # opens well; reading it raises an input/output error
+needs_proc = pytest.mark.skipif(not UNREADABLE.exists(), reason="needs Linux's /proc")
 READERS = {
-    "csv": lambda path: transformer.read_rows(path),
+    "csv": lambda path: transformer.read_table(path),
     "vectors": lambda path: transformer.read_vectors(str(path), {"the"}, Path("out")),
     "npz": lambda path: vae_mnist.load_images(path, Path("out")),
     "zip": lambda path: vae_anime.load_images(path, Path("out")),
@@ -156,16 +164,15 @@ READERS = {
 }
 
 
-@pytest.mark.skipif(not UNREADABLE.exists(), reason="needs a file that opens and cannot be read: Linux's /proc")
+@needs_proc
 @pytest.mark.parametrize("kind", READERS)
 def test_a_file_that_cannot_be_read(kind, capsys):
     with pytest.raises(SystemExit) as stopped:
         READERS[kind](UNREADABLE)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert stopped.value.code == 2 and the_line(capsys)
 
 
-@pytest.mark.skipif(not UNREADABLE.exists(), reason="needs a file that opens and cannot be read: Linux's /proc")
+@needs_proc
 def test_faces_that_cannot_be_read_half_way(capsys):
     """What was read before is kept; the rest is counted and named."""
     with zipfile.ZipFile(SAMPLE / "anime-faces.zip") as archive:
@@ -181,11 +188,12 @@ def test_faces_that_cannot_be_read_half_way(capsys):
 @each_script
 def test_two_runs_given_the_same_folder(script, capsys):
     copy_whole(script, "out")
-    script.open_run(folder_of(script, "out"), True, {})
-    with pytest.raises(SystemExit) as stopped:
+    args = script.parse_args([*shlex.split(WORDS[script]), "--out", "out", "--resume"])
+    capsys.readouterr()
+    with script.open_run(folder_of(script, "out"), args, {}), pytest.raises(SystemExit) as stopped:
         run(script, "--out", "out")
-    assert stopped.value.code == 2 and "another run is writing there" in capsys.readouterr().err
-    assert not script.held_locks
+    assert stopped.value.code == 2 and "Wait for the other run" in the_line(capsys)
+    assert run(script, "--out", "out", "--resume") == whole(script)  # untouched, and free again
 
 
 @each_script
@@ -217,48 +225,78 @@ def test_the_same_answer(script):
     assert run(script, "--out", "other", "--seed", "1") != whole(script)
 
 
+def starting(script):
+    return True
+
+
+def first_epoch(script):
+    return not (folder_of(script, "cut") / "checkpoint.pt").exists()
+
+
+def later(script):
+    return not first_epoch(script)
+
+
 @each_script
-def test_a_signal_between_batches_ends_it_at_once(script, monkeypatch, capsys):
-    """While figures are drawn there is no batch to finish, and all that counts is saved."""
+@pytest.mark.parametrize(
+    "owner, function, when, number",
+    [
+        (None, "pick_device", starting, signal.SIGINT),
+        (None, "learning_rate", first_epoch, signal.SIGINT),
+        (None, "learning_rate", later, signal.SIGTERM),
+        (os, "fsync", later, signal.SIGINT),
+        (None, "Figure", later, signal.SIGTERM),
+    ],
+    ids=["starting", "first epoch", "second epoch", "writing", "drawing"],
+)
+def test_a_signal_ends_it_at_once(script, owner, function, when, number, monkeypatch, capsys):
+    """At any time, with a command that goes on from there to the same end."""
+    owner, sent = owner or script, []
     whole(script), capsys.readouterr()
+    called = getattr(owner, function)
+
+    def interrupted(*args, **keywords):
+        if when(script) and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return called(*args, **keywords)
+
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(script, "new_figure", lambda *size: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(owner, function, interrupted)
         run(script, "--out", "cut")
-    assert stopped.value.code == 143 and "--resume" in capsys.readouterr().out
-    assert not temporary_names()
-    assert run(script, "--out", "cut", "--resume") == whole(script)
-
-
-# several processes ----------------------------------------------------------------------------------------------------
+    assert sent and stopped.value.code == 128 + number and not temporary_names()
+    [command] = re.findall("go on with: (.*)", capsys.readouterr().out)
+    metrics = script.main(shlex.split(command)[2:])
+    assert metrics | {"seconds": 0} == whole(script) | {"seconds": 0}
 
 
 @each_script
-def test_stopped_and_then_not_finite(script, monkeypatch):
-    """Both a run that was stopped within an epoch and one that was not go back to the epoch's beginning."""
-    clip, metrics = torch.nn.utils.clip_grad_norm_, []
-    for out in ("straight", "stopped"):
-        norms = []
+def test_not_finite(script, monkeypatch, capsys):
+    """One line says where, and the last epoch's checkpoint goes on."""
+    whole(script), capsys.readouterr()
+    clip = torch.nn.utils.clip_grad_norm_
 
-        def spoilt(*args, out=out, norms=norms):
-            if out == "stopped" and not norms:
-                os.kill(os.getpid(), signal.SIGINT)
-            norms.append(clip(*args) * (float("nan") if len(norms) == 2 else 1))
-            return norms[-1]
+    def spoilt(*args):
+        return clip(*args) * (float("nan") if later(script) else 1)
 
-        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoilt)
-        words = ["--out", out, "--batch-size", "8"]
-        if out == "stopped":
-            with pytest.raises(SystemExit):
-                run(script, *words)
-            assert len(norms) <= 2
-        metrics.append(run(script, *words, "--resume"))
-    assert metrics[0] == metrics[1]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", spoilt)
+        run(script, "--out", "cut")
+    line = the_line(capsys)
+    assert stopped.value.code == 2 and "Lower --lr (now " in line
+    assert re.search(r"epoch 2\b.*step \d", line), line
+    assert run(script, "--out", "cut", "--resume") == whole(script)
 
 
 @each_script
 def test_no_git(script, monkeypatch):
+    args = script.parse_args([*shlex.split(WORDS[script]), "--out", "out"])
     monkeypatch.setenv("PATH", "")
-    assert script.describe_run(argparse.Namespace(seed=0), {})["commit"] is None
+    with script.open_run(Path("out"), args, {}):
+        assert json.loads(Path("out", "config.json").read_text())["commit"] is None
+
+
+# several processes --------------------------------------------------------------------------------
 
 
 FIRST_GRADIENTS = """
@@ -270,7 +308,7 @@ test_reliability.save_first_gradients(sys.modules[{name!r}], sys.argv[1:], os.en
 
 
 def save_first_gradients(script, words, name):
-    """Write the gradients of the first step, dropout off, to gradients-<name>.pt."""
+    """Write the first step's gradients, in float32 with dropout off, to gradients-<name>.pt."""
 
     def keep(parameters, norm):
         torch.save([p.grad for p in parameters], f"gradients-{name}.pt")
@@ -278,28 +316,35 @@ def save_first_gradients(script, words, name):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
+        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         if script is transformer:
-            patch.setattr(transformer.Dropout, "forward", lambda self, x: x)
+            patch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
         script.main(words)
 
 
 def spread(program, script, *more):
     """Start `program` as two processes with the words of `script`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program),
-               *shlex.split(WORDS[script]), *more]  # fmt: skip
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*start, str(program), *shlex.split(WORDS[script]), *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("script", [transformer, vae_mnist, vae_anime], ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    "script", [transformer, vae_mnist, vae_anime], ids=lambda script: script.__name__
+)
 def test_gradients_of_two_processes_equal_one_process(script, tmp_path):
     """The first global batch's, with dropout off; the VAEs' noise belongs to the image."""
     more = ["--word-dropout", "0"] if script is transformer else []
     program = tmp_path / "first_gradients.py"
-    program.write_text(FIRST_GRADIENTS.format(tests=str(Path(__file__).parent), name=script.__name__))
+    program.write_text(
+        FIRST_GRADIENTS.format(tests=str(Path(__file__).parent), name=script.__name__)
+    )
     output = spread(program, script, *more, "--out", "two").communicate(timeout=100)
     assert Path("gradients-1.pt").exists(), output
     save_first_gradients(script, [*shlex.split(WORDS[script]), *more, "--out", "one"], "alone")
-    alone, first, second = (torch.load(f"gradients-{rank}.pt", weights_only=True) for rank in ("alone", 0, 1))
+    alone, first, second = (
+        torch.load(f"gradients-{rank}.pt", weights_only=True) for rank in ("alone", 0, 1)
+    )
     assert any(gradient.abs().max() > 1e-3 for gradient in alone)
     for expected, ours, theirs in zip(alone, first, second, strict=True):
         assert torch.equal(ours, theirs)
@@ -311,13 +356,15 @@ def rank_of(pid):
     return next((int(word[5:]) for word in environment if word.startswith(b"RANK=")), None)
 
 
-@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes in Linux's /proc")
+@needs_proc
 @pytest.mark.parametrize("script, victim", [(transformer, 1), (vae_mnist, 0)])
 def test_one_process_killed(script, victim):
     more = ["--epochs", "100" if script is transformer else "60"]
     whole = spread(path_of(script), script, *more, "--out", "whole")
     output, _ = whole.communicate(timeout=100)
-    assert whole.returncode == 0 and output.count("data ") == output.count("wrote ") == 1  # one of the two speaks
+    assert (
+        whole.returncode == 0 and output.count("data ") == output.count("wrote ") == 1
+    )  # one of the two speaks
     cut = spread(path_of(script), script, *more, "--out", "cut")
     checkpoint, end = folder_of(script, "cut") / "checkpoint.pt", time.monotonic() + 60
     while not checkpoint.exists() and time.monotonic() < end:
@@ -332,5 +379,8 @@ def test_one_process_killed(script, victim):
     assert not (checkpoint.parent / "metrics.json").exists()
     again = spread(path_of(script), script, *more, "--out", "cut", "--resume")
     assert again.communicate(timeout=100) and again.returncode == 0
-    metrics = [json.loads((folder_of(script, out) / "metrics.json").read_text()) for out in ("whole", "cut")]
+    metrics = [
+        json.loads((folder_of(script, out) / "metrics.json").read_text())
+        for out in ("whole", "cut")
+    ]
     assert metrics[0] | {"seconds": 0} == metrics[1] | {"seconds": 0}

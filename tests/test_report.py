@@ -1,20 +1,29 @@
-"""report/build.py: the PDF follows the runs, the zip holds what the homework asks for, every mistake is one line."""
+"""report/: the PDF follows the runs, the zip holds what is asked for, every mistake is one line."""
 
 import hashlib
 import io
 import json
+import math
+import os
 import shutil
 import sys
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 from pypdf import PdfReader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "report"))
 import build  # noqa: E402
+import measure  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parent))
+from test_reliability import WORDS, cvae, run, transformer, vae_anime, vae_mnist  # noqa: E402
+
+SAMPLE = ROOT / "data" / "sample"
 try_alone = build.try_alone
 METRICS = {
     "bleu4": 0.5,
@@ -30,7 +39,9 @@ HELD_OUT = {"heldout_verbs": 7, "heldout_exact": 0.4321, "heldout_bleu4": 0.6}
 def here(tmp_path, monkeypatch):
     """A folder to stand in, with one finished run."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(build, "try_alone", lambda script: None)  # six starts of Python; two tests do them
+    monkeypatch.setattr(
+        build, "try_alone", lambda script: None
+    )  # six starts of Python; two tests do them
     folder = tmp_path / "runs" / "cvae_holdout"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(METRICS | HELD_OUT))
@@ -38,14 +49,21 @@ def here(tmp_path, monkeypatch):
 
 
 def text_of(pdf: bytes) -> str:
-    return " ".join(" ".join(page.extract_text() for page in PdfReader(io.BytesIO(pdf)).pages).split())
+    return " ".join(
+        " ".join(page.extract_text() for page in PdfReader(io.BytesIO(pdf)).pages).split()
+    )
 
 
 def test_zip_holds_the_four_files_and_no_other(here, monkeypatch):
     monkeypatch.setattr(build, "try_alone", try_alone)
     build.main(["--student-id", "0123456"])
     with zipfile.ZipFile("hw2_0123456.zip") as archive:
-        names = ["0123456_transformer.py", "0123456_vae_mnist.py", "0123456_vae_anime.py", "0123456_report.pdf"]
+        names = [
+            "0123456_transformer.py",
+            "0123456_vae_mnist.py",
+            "0123456_vae_anime.py",
+            "0123456_report.pdf",
+        ]
         assert archive.namelist() == names
         for name in build.SCRIPTS:
             assert archive.read(f"0123456_{name}") == (ROOT / name).read_bytes()
@@ -67,7 +85,16 @@ def test_a_number_that_changes_in_a_run_changes_in_the_pdf(here, capsys):
 def test_a_missing_run_is_named_with_its_command(here, capsys):
     build.main(["--student-id", "a1"])
     out, text = capsys.readouterr().out, text_of(Path("report.pdf").read_bytes())
-    for command in ("python transformer.py", "--compare-tokenizers", "python vae_anime.py", "--lambda 0 1 50 100"):
+    for command in (
+        "python transformer.py",
+        "--tokenizer nltk",
+        "measure.py tokenizers",
+        "python vae_anime.py",
+        "--lambda 0 1 50 100",
+        "measure.py vae_anime",
+        "--kl-schedule cyclical",
+        "measure.py schedules",
+    ):
         assert command in out and command in text
     assert "missing   cvae_holdout" not in out
 
@@ -75,8 +102,13 @@ def test_a_missing_run_is_named_with_its_command(here, capsys):
 def test_a_run_on_the_sample_or_of_few_rows_is_named(here, capsys):
     sample = hashlib.sha256((ROOT / "data" / "sample" / "train.txt").read_bytes()).hexdigest()
     config = here / "runs" / "cvae_holdout" / "config.json"
-    for sha256, limit, reason in ((sample, None, "on the bundled sample"), ("0" * 64, 50, "--limit 50")):
-        config.write_text(json.dumps({"sha256": {"train.txt": sha256}, "arguments": {"limit": limit}}))
+    for sha256, limit, reason in (
+        (sample, None, "on the bundled sample"),
+        ("0" * 64, 50, "--limit 50"),
+    ):
+        config.write_text(
+            json.dumps({"sha256": {"train.txt": sha256}, "arguments": {"limit": limit}})
+        )
         build.main(["--student-id", "a1", "--force"])
         assert f"cvae_holdout: {reason}" in capsys.readouterr().out
         assert f"cvae_holdout ({reason})" in text_of(Path("report.pdf").read_bytes())
@@ -88,16 +120,143 @@ def test_a_run_on_the_sample_or_of_few_rows_is_named(here, capsys):
 def test_every_question_of_the_assignment_has_a_heading(here):
     build.main(["--student-id", "a1"])
     text = text_of(Path("report.pdf").read_bytes())
-    for number in ("1.1.1", "1.1.2", "1.1.3", "1.2.1", "1.2.2", "1.2.3", "2.1 to 2.3", "2.4", "Appendix"):
+    for number in (
+        "1.1.1",
+        "1.1.2",
+        "1.1.3",
+        "1.2.1",
+        "1.2.2",
+        "1.2.3",
+        "2.1 to 2.3",
+        "2.4",
+        "Appendix",
+    ):
         assert number in text
 
 
-def test_planned_commands_are_ones_that_the_scripts_take(here):
-    for step in build.plan(here / "runs", None, quick=False):
-        if step.key != "measured":
-            script = Path(step.command[1])
-            sys.path.insert(0, str(script.parent))
-            __import__(script.stem).parse_args(step.command[2:])
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("data", [None, ROOT / "data" / "sample"])
+def test_planned_commands_are_ones_that_the_scripts_take(here, quick, data):
+    steps = build.make_plan(here / "runs", data, quick)
+    for step in steps:
+        sys.path.insert(0, str(Path(step.command[1]).parent))
+        args = __import__(Path(step.command[1]).stem).parse_args(step.command[2:])
+        if not step.needs:
+            assert step.done.is_relative_to(args.out) and (not data or args.data.exists())
+    places = [step.done for step in steps]
+    assert len(set(places)) == len({step.key for step in steps}) == len(steps)
+    for step in steps:  # what is measured has been run before
+        assert set(step.needs) <= set(places[: steps.index(step)]) | lambdas_of(steps)
+
+
+def lambdas_of(steps):
+    """metrics.json of each λ of the planned sweeps, which end with sweep.csv."""
+    sweeps = [step.done.parent for step in steps if step.done.name == "sweep.csv"]
+    return {run / f"lambda-{value}" / "metrics.json" for run in sweeps for value in build.LAMBDAS}
+
+
+def test_what_is_measured_is_measured_again_after_a_new_run(here):
+    run = here / "runs" / "comparison"
+    [step] = [one for one in build.make_plan(here / "runs", None, False) if one.key == "comparison"]
+    for name in build.TOKENIZERS:
+        (run / name).mkdir(parents=True)
+        (run / name / "metrics.json").write_text("{}")
+    assert step.missing()
+    step.done.write_text("")
+    os.utime(step.done, (3e9, 3e9))
+    assert not step.missing()
+    os.utime(run / "nltk" / "metrics.json", (4e9, 4e9))
+    assert step.missing()
+
+
+# measure.py ---------------------------------------------------------------------------------------
+
+
+def test_transformer_is_measured(here):
+    run(transformer, "--out", "run")
+    measure.main(["transformer", "run"])
+    measured = json.loads(Path("run", "measured.json").read_text())
+    assert measured["texts"] == 60 and measured["deletion_texts"] > 50
+    assert 0 < measured["padding_share_by_length"] < measured["padding_share_random"] < 0.9
+    assert 0 < measured["unknown_share"] < 0.6 and math.isfinite(measured["difference_se"])
+    words = pd.read_csv("run/attention_words.csv")
+    assert list(words.groupby("predicted_class").size()) and words["count"].min() >= 5
+    assert "<unk>" not in set(words["word"]) and "the" in set(words["word"])
+
+
+def test_padding_is_what_the_cells_without_tokens_are():
+    assert measure.padding_share([1, 3, 2], [[0, 1], [2]]) == pytest.approx(2 / 8)
+
+
+def test_tokenizers_are_compared(here, capsys):
+    for name in build.TOKENIZERS:
+        run(transformer, "--out", f"runs/{name}", "--tokenizer", name)
+    measure.main(["tokenizers", "runs"])
+    table = pd.read_csv("runs/tokenizers.csv").set_index("tokenizer")
+    assert list(table.index) == list(build.TOKENIZERS) == list(transformer.TOKENIZERS)
+    assert table["unk_share"]["whitespace"] == table["unk_share"].max()
+    for name in build.TOKENIZERS:
+        metrics = json.loads(Path("runs", name, "metrics.json").read_text())
+        assert table["oof_accuracy"][name] == pytest.approx(metrics["oof_accuracy"], abs=1e-4)
+    assert Path("runs/tokenizers.png").stat().st_size > 10_000
+    config = Path("runs/nltk/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sha256": {}}))
+    with pytest.raises(SystemExit) as stopped:
+        measure.main(["tokenizers", "runs"])
+    assert stopped.value.code == 2 and "other files" in capsys.readouterr().err
+
+
+def test_new_tokens_are_those_that_the_other_half_has_too_seldom(monkeypatch):
+    texts = [["a", "b"], ["a", "c"], ["a"], ["b", "a"]]
+    found = measure.describe_tokens(texts)
+    assert found == {"tokens_per_text": 1.75, "vocabulary": 3, "unk_share": 0.5}
+    monkeypatch.setattr(measure, "SEEN", 1)
+    assert measure.describe_tokens(texts)["unk_share"] == 0.25
+
+
+@pytest.mark.parametrize("script", [vae_mnist, vae_anime], ids=lambda script: script.__name__)
+def test_each_lambda_is_measured(here, script):
+    script.main([*WORDS[script].split(), "--lambda", "0", "1", "--out", "run"])
+    measure.main([script.__name__, "run"])
+    for name in ("lambda-0", "lambda-1"):
+        measured = json.loads(Path("run", name, "measured.json").read_text())
+        low, high = measured["aggregate_covariance_eigenvalues"]
+        assert 0 < low < high and measured["aggregate_mean_largest"] > 0
+        assert measured["mutual_information_limit"] == pytest.approx(math.log(4))
+        assert -0.1 < measured["mutual_information"] < measured["mutual_information_limit"] + 0.1
+        assert Path("run", name, "aggregate-posterior.png").stat().st_size > 10_000
+
+
+def test_mutual_information_of_known_posteriors():
+    same, wide = torch.zeros(500, 4).double(), torch.zeros(500, 4).double()
+    assert abs(measure.mutual_information(same, wide)) < 1e-6
+    mu = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)).double()
+    mu[:, 3] = 0
+    logvar = torch.tensor([-12.0, -12.0, -12.0, 0.0]).double().expand(500, 4)
+    assert measure.mutual_information(mu, logvar) == pytest.approx(math.log(500), abs=0.05)
+    m, A = torch.zeros(4).double(), torch.eye(4).double()
+    mean, eigenvalues = measure.aggregate_posterior(mu, logvar, m, A)
+    assert mean.abs().max() < 0.2 and 0.7 < eigenvalues.min() < eigenvalues.max() < 1.4
+    mean, eigenvalues = measure.aggregate_posterior(mu + 3, logvar, m + 3, 2 * A)
+    assert mean.abs().max() < 0.4 and 2.8 < eigenvalues.min() < eigenvalues.max() < 5.6
+
+
+def test_schedules_are_drawn_beside_each_other(here):
+    for name in build.SCHEDULES:
+        run(cvae, "--out", f"runs/{name}", "--kl-schedule", name)
+    measure.main(["schedules", "runs"])
+    assert Path("runs/schedules.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("what", measure.MEASURES)
+def test_nothing_to_measure_is_one_line(here, capsys, what):
+    with pytest.raises(SystemExit) as stopped:
+        measure.main([what, "nowhere"])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.startswith("error: nowhere") and err.count("\n") == 1
+
+
+# mistakes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -119,7 +278,12 @@ def test_mistakes_end_with_one_line(here, capsys, flags, line):
     with pytest.raises(SystemExit) as stopped:
         build.main(flags)
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and line in err
+    assert (
+        stopped.value.code == 2
+        and err.startswith("error: ")
+        and err.count("\n") == 1
+        and line in err
+    )
     assert Path("hw2_kept.zip").read_text() == "mine" and not Path("report.pdf").exists()
 
 
@@ -131,4 +295,7 @@ def test_a_script_that_does_not_stand_alone_is_refused(here, monkeypatch, capsys
     monkeypatch.setattr(build, "try_alone", try_alone)
     with pytest.raises(SystemExit):
         build.main(["--student-id", "1"])
-    assert "does not start from an empty folder" in capsys.readouterr().err and not Path("hw2_1.zip").exists()
+    assert (
+        "does not start from an empty folder" in capsys.readouterr().err
+        and not Path("hw2_1.zip").exists()
+    )
