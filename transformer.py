@@ -510,7 +510,7 @@ def train_member(
     if state["current"]:
         model.load_state_dict(current["model"])
         optimizer.load_state_dict(current["optimizer"])
-    network = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    network = DistributedDataParallel(model, forward_sync_buffers=False) if world > 1 else model
     lengths, passes = [len(text) for text in texts], 2 if settings.r_drop else 1
     size = min(settings.batch_size, len(texts))
     for epoch in range(current["epoch"], epochs):
@@ -532,7 +532,7 @@ def train_member(
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not math.isfinite(loss.item() + norm.item()):
-                where = f"loss {loss.item():g} in epoch {epoch + 1}, step {number + 1}"
+                where = f"loss {loss.item():g} in epoch {epoch + 1}, step {step + 1}"
                 fail(f"{where}, gradient norm {norm.item():g}. Lower --lr (now {settings.lr:g})")
             optimizer.step()
             nll_sum += nll.item() * len(y)
@@ -619,8 +619,11 @@ def cross_validate(args: argparse.Namespace, news: News) -> dict:
             bar.write(
                 f"model {len(state['members'])} of {len(folds)}: {share:.4f} of held-out rows right"
             )
-        metrics = leave_results(args, news, inputs, state) if rank == 0 else {}
-        state["metrics"] = metrics | {"seconds": time.monotonic() - began}
+        metrics, oof = score(state, labels)
+        if rank == 0:
+            leave_results(args, news, inputs, state, metrics, oof)
+        seconds = time.monotonic() - began
+        state["metrics"] = metrics | {"vector_coverage": inputs.coverage, "seconds": seconds}
         save()
         if rank == 0:
             write_json(args.out / "metrics.json", state["metrics"])
@@ -696,9 +699,16 @@ def save_table(columns: dict | list, path: Path) -> None:
     write_file(path, partial(table.to_csv, index=False, float_format="%.5g", mode="wb"))
 
 
-def leave_results(args: argparse.Namespace, news: News, inputs: Inputs, state: dict) -> dict:
-    """submission.csv where the user stands, tables and figures in --out; returns the metrics."""
-    (metrics, oof), (key, label), classes = score(state, news.labels), news.header, news.classes
+def leave_results(
+    args: argparse.Namespace,
+    news: News,
+    inputs: Inputs,
+    state: dict,
+    metrics: dict,
+    oof: torch.Tensor,
+) -> None:
+    """submission.csv where the user stands; tables and figures in --out."""
+    (key, label), classes = news.header, news.classes
     test = torch.stack([member["test"] for member in state["members"]]).mean(0).argmax(-1)
     submission = {key: news.ids[len(oof) :], label: [classes[i] for i in test]}
     save_table(submission, Path("submission.csv"))
@@ -712,7 +722,6 @@ def leave_results(args: argparse.Namespace, news: News, inputs: Inputs, state: d
     confusion = plot_confusion(news.labels, predicted, classes)
     save_figure(confusion, args.out / "confusion-matrix.png")
     draw_attention(args, news, inputs, state, oof)
-    return metrics | {"vector_coverage": inputs.coverage}
 
 
 def plot_learning_curve(history: list[dict], metrics: dict) -> Figure:

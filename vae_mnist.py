@@ -428,9 +428,8 @@ def train(
             (reconstruction + weight * kl).backward()
             norm = nn.utils.clip_grad_norm_(learned, MAX_NORM)
             if not math.isfinite(reconstruction.item() + kl.item() + norm.item()):
-                fail(
-                    f"no finite loss, epoch {epoch + 1}, step {step}. Lower --lr (now {args.lr:g})"
-                )
+                place = f"epoch {epoch + 1}, step {step + 1}"
+                fail(f"no finite loss in {place}. Lower --lr (now {args.lr:g})")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.epochs * per_epoch, args.lr)
             optimizer.step()

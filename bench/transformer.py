@@ -33,7 +33,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import transformer as t  # noqa: E402
+import transformer as t
 
 
 class TutorialTransformer(nn.Module):

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import vae_anime  # noqa: E402
-import vae_mnist  # noqa: E402
+import vae_anime
+import vae_mnist
 
 TWINS = {"digits": vae_mnist, "faces": vae_anime}
 

@@ -87,12 +87,21 @@ MOUTHS = """
 -7,0! 0,-5 7,0! 0,10 -7,0!
 """
 WHITE = (255, 255, 255)
-SKINS = [(255, 230, 214), (253, 219, 196), (248, 208, 178), (232, 184, 148), (190, 138, 104), (150, 102, 76)]
+SKINS = [
+    (255, 230, 214),
+    (253, 219, 196),
+    (248, 208, 178),
+    (232, 184, 148),
+    (190, 138, 104),
+    (150, 102, 76),
+]
 
 
 def path(text: str) -> np.ndarray:
     """Control points (n, 3) of a shape: x, y and 1 for a sharp corner, 0 for a smooth point."""
-    return np.array([[*map(float, point.rstrip("!").split(",")), point.endswith("!")] for point in text.split()])
+    return np.array(
+        [[*map(float, point.rstrip("!").split(",")), point.endswith("!")] for point in text.split()]
+    )
 
 
 def any_path(table: str, rng: np.random.Generator) -> np.ndarray:
@@ -116,14 +125,21 @@ def smooth(points: np.ndarray, steps: int = 8) -> np.ndarray:
     p = np.concatenate([points[:1], points, points[-1:]])
     a, b, c, d = p[:-3], p[1:-2], p[2:-1], p[3:]
     t = np.linspace(0, 1, steps, endpoint=False)[:, None, None]
-    curve = b + (c - a) / 2 * t + (a - 2.5 * b + 2 * c - d / 2) * t**2 + (1.5 * (b - c) + (d - a) / 2) * t**3
+    curve = (
+        b
+        + (c - a) / 2 * t
+        + (a - 2.5 * b + 2 * c - d / 2) * t**2
+        + (1.5 * (b - c) + (d - a) / 2) * t**3
+    )
     return np.concatenate([curve.swapaxes(0, 1).reshape(-1, 2), points[-1:]])
 
 
 def trace(control: np.ndarray) -> np.ndarray:
     """The line (m, 2) through control points (n, 3): smooth pieces that meet in the corners."""
     cuts = [0, *np.flatnonzero(control[1:-1, 2]) + 1, len(control) - 1]
-    return np.concatenate([smooth(control[i : j + 1, :2]) for i, j in zip(cuts, cuts[1:], strict=False)])
+    return np.concatenate(
+        [smooth(control[i : j + 1, :2]) for i, j in zip(cuts, cuts[1:], strict=False)]
+    )
 
 
 def stroke(draw: ImageDraw.ImageDraw, line: np.ndarray, width: float, colour: int | Colour) -> None:
@@ -136,9 +152,15 @@ def stroke(draw: ImageDraw.ImageDraw, line: np.ndarray, width: float, colour: in
 def write_digit(digit: int, rng: np.random.Generator) -> list[np.ndarray]:
     """The lines (m, 2) of one digit as one hand might write it, leaning and in no particular unit."""
     angle, lean = np.radians(rng.uniform(-12, 12)), rng.normal(0, 0.12)
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) @ [[1, 0], [lean, 1]]
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) @ [
+        [1, 0],
+        [lean, 1],
+    ]
     ways = [row[1:] for row in DIGITS.splitlines() if row.startswith(str(digit))]
-    return [trace(jitter(path(part), rng, 3.5)) @ turn for part in ways[rng.integers(len(ways))].split("|")]
+    return [
+        trace(jitter(path(part), rng, 3.5)) @ turn
+        for part in ways[rng.integers(len(ways))].split("|")
+    ]
 
 
 def draw_digit(digit: int, rng: np.random.Generator) -> np.ndarray:
@@ -160,7 +182,9 @@ def write_digits(file: Path) -> int:
     """Write `image` uint8 (1000, 28, 28) and `label` int64 (1000,) in shuffled order; return their number."""
     rng = np.random.default_rng(SEED)
     labels = rng.permutation(np.repeat(np.arange(10), PER_DIGIT))
-    np.savez_compressed(file, image=np.stack([draw_digit(digit, rng) for digit in labels]), label=labels)
+    np.savez_compressed(
+        file, image=np.stack([draw_digit(digit, rng) for digit in labels]), label=labels
+    )
     return len(labels)
 
 
@@ -202,13 +226,18 @@ class Brush:
     def oval(self, x: float, y: float, rx: float, ry: float, colour: Colour) -> None:
         """Fill an ellipse with the middle x, y."""
         angles = np.linspace(0, 2 * np.pi, 25)
-        self.fill(np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles), 0 * angles], 1), colour)
+        self.fill(
+            np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles), 0 * angles], 1), colour
+        )
 
 
 def background(rng: np.random.Generator) -> Image.Image:
     """A square picture that fades from one pale colour to another."""
     hue = rng.uniform()
-    ends = [hsv(hue + turn, rng.uniform(0.05, 0.35), rng.uniform(0.75, 1)) for turn in (0, rng.normal(0, 0.12))]
+    ends = [
+        hsv(hue + turn, rng.uniform(0.05, 0.35), rng.uniform(0.75, 1))
+        for turn in (0, rng.normal(0, 0.12))
+    ]
     size = FACE_SIZE * FACE_ZOOM
     rows = np.linspace(*ends, size)[:, None].repeat(size, 1)
     return Image.fromarray(rows.astype(np.uint8)).rotate(90 * rng.integers(4))
@@ -220,16 +249,23 @@ def draw_back(brush: Brush, skin: Colour, hair: Colour, rng: np.random.Generator
         tail = any_path(TAILS, rng)
         for side in [(-1, 1), (1,), (-1,)][rng.choice(3, p=[0.6, 0.2, 0.2])]:
             brush.fill(tail * [side, 1, 1], hair, darker(hair))
-    brush.fill(mirrored(jitter(any_path(BACK_HAIR, rng), rng)), darker(hair, 0.22), darker(hair, 0.5))
+    brush.fill(
+        mirrored(jitter(any_path(BACK_HAIR, rng), rng)), darker(hair, 0.22), darker(hair, 0.5)
+    )
     cloth = hsv(rng.uniform(), rng.uniform(0.1, 0.6), rng.uniform(0.35, 1))
     brush.fill(mirrored(path("0,138! 50,142 120,165 150,190 170,280! 0,280")), cloth, darker(cloth))
-    brush.fill(mirrored(path("0,80! 30,80! 30,135 44,146! 0,185!")), darker(skin, 0.2), darker(skin, 0.4))
+    brush.fill(
+        mirrored(path("0,80! 30,80! 30,135 44,146! 0,185!")), darker(skin, 0.2), darker(skin, 0.4)
+    )
 
 
 def draw_eyes(brush: Brush, lash: Colour, blush: Colour, rng: np.random.Generator) -> None:
     """Both eyes, with their brows and the blush below them; one face in twenty has them closed."""
     (x, y), (w, h) = rng.uniform((40, 26), (47, 36)), rng.uniform((25, 23), (31, 34))
-    iris, lift = hsv(rng.uniform(), rng.uniform(0.4, 0.85), rng.uniform(0.55, 0.9)), rng.uniform(-4, 6)
+    iris, lift = (
+        hsv(rng.uniform(), rng.uniform(0.4, 0.85), rng.uniform(0.55, 0.9)),
+        rng.uniform(-4, 6),
+    )
     closed = rng.uniform() < 0.05
     for side in (-1, 1):
         size, middle = np.array([side * w / 100, h / 100, 1]), np.array([side * x, y, 0])
@@ -305,20 +341,31 @@ def write_faces(file: Path) -> int:
             jpeg = io.BytesIO()
             draw_portrait(rng).save(jpeg, "JPEG", quality=85, optimize=True)
             # A fixed date, or the bytes would differ from run to run.
-            archive.writestr(zipfile.ZipInfo(f"data/{index}.jpg", date_time=(2022, 1, 1, 0, 0, 0)), jpeg.getvalue())
+            archive.writestr(
+                zipfile.ZipInfo(f"data/{index}.jpg", date_time=(2022, 1, 1, 0, 0, 0)),
+                jpeg.getvalue(),
+            )
     return FACES
 
 
 def main() -> None:
     """Read the command line, write both files, and say what was written."""
-    parser = argparse.ArgumentParser(description="Draw the small image samples of the two VAE scripts.")
+    parser = argparse.ArgumentParser(
+        description="Draw the small image samples of the two VAE scripts."
+    )
     default = Path(__file__).resolve().parent / "sample"
     parser.add_argument(
-        "--out", type=Path, default=default, help="folder to write to (default: sample beside this file)"
+        "--out",
+        type=Path,
+        default=default,
+        help="folder to write to (default: sample beside this file)",
     )
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    for name, what, write in (("TibetanMNIST.npz", "digits", write_digits), ("anime-faces.zip", "faces", write_faces)):
+    for name, what, write in (
+        ("TibetanMNIST.npz", "digits", write_digits),
+        ("anime-faces.zip", "faces", write_faces),
+    ):
         count = write(out / name)
         print(f"{out / name}: {count:,} {what}, {(out / name).stat().st_size:,} bytes")
 

@@ -32,11 +32,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "lab4")]
-import cvae  # noqa: E402
+import cvae
 
-import transformer as t  # noqa: E402
-import vae_anime  # noqa: E402
-import vae_mnist  # noqa: E402
+import transformer as t
+import vae_anime
+import vae_mnist
 
 SCHEDULES = ("monotonic", "cyclical")
 DELETED = 0.1  # of a text's tokens

@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "lab4"))
-import cvae  # noqa: E402
+import cvae
 
 SMALL = shlex.split(
     "--data verbs --out run --epochs 3 --batch-size 16 --hidden-dim 16 --device cpu"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_reliability import WORDS, cvae, each_script, run, transformer, vae_anime, vae_mnist  # noqa: E402
+from test_reliability import WORDS, cvae, each_script, run, transformer, vae_anime, vae_mnist
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,11 +21,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
 sys.path[:0] = [str(ROOT), str(ROOT / "lab4")]
-import cvae  # noqa: E402
+import cvae
 
-import transformer  # noqa: E402
-import vae_anime  # noqa: E402
-import vae_mnist  # noqa: E402
+import transformer
+import vae_anime
+import vae_mnist
 
 VAE = "--epochs 2 --batch-size 16 --latent-dim 4 --iwae 2 --iwae-images 2 --limit 40"
 WORDS = {  # a task of a few seconds for each script

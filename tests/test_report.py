@@ -17,11 +17,11 @@ from pypdf import PdfReader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "report"))
-import build  # noqa: E402
-import measure  # noqa: E402
+import build
+import measure
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_reliability import WORDS, cvae, run, transformer, vae_anime, vae_mnist  # noqa: E402
+from test_reliability import WORDS, cvae, run, transformer, vae_anime, vae_mnist
 
 SAMPLE = ROOT / "data" / "sample"
 try_alone = build.try_alone

@@ -22,11 +22,11 @@ from hypothesis import example, given
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
 sys.path[:0] = [str(ROOT), str(ROOT / "lab4")]
-import cvae  # noqa: E402
+import cvae
 
-import transformer  # noqa: E402
-import vae_anime  # noqa: E402
-import vae_mnist  # noqa: E402
+import transformer
+import vae_anime
+import vae_mnist
 
 opened: list[str] = []  # for writing, while a reader is at work
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import transformer as t  # noqa: E402
+import transformer as t
 
 SAMPLE = ROOT / "data" / "sample"
 SMALL = [

@@ -21,8 +21,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import vae_anime  # noqa: E402
-import vae_mnist  # noqa: E402
+import vae_anime
+import vae_mnist
 
 TWINS = [vae_mnist, vae_anime]
 SMALL = shlex.split(
