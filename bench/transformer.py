@@ -190,7 +190,7 @@ def accuracy(args: argparse.Namespace, news: t.News, inputs: t.Inputs, unseen: n
         for seed in range(args.runs):
             words = [*common, "--vectors", vectors, "--seed", str(seed)]
             report(f"transformer.py, {name}, --seed {seed}", *run_transformer(words, unseen))
-    for flags in (["--r-drop", "0"], ["--layers", "2"], ["--seeds", "5"]):
+    for flags in (["--r-drop", "0"], ["--layers", "2"], ["--seeds", "5"]) if args.more else ():
         shares = run_transformer([*common, "--vectors", args.vectors, *flags], unseen)
         report(f"transformer.py, GloVe, {' '.join(flags)}", *shares)
 
@@ -240,6 +240,7 @@ def main() -> None:
     add("--vectors", required=True, metavar="PATH", help="GloVe, fastText or word2vec text file")
     add("--unseen", type=Path, metavar="FILE", help="a csv like train.csv, scored once")
     add("--runs", type=int, default=1, help="seeds of transformer.py (default: 1)")
+    add("--more", action="store_true", help="runs of transformer.py with other flags, too")
     add("--rounds", type=int, default=9, help="of the speed comparison (default: 9)")
     own = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:  # the unseen texts stand in for test.csv
