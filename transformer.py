@@ -910,8 +910,8 @@ def open_run(folder: Path, args: argparse.Namespace, hashes: dict[str, str]) -> 
     """Hold the run's folder while the block lasts; a run that starts over keeps the old one."""
     lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
     previous = folder.parent / f"{folder.name}.previous"
-    foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists()
-    if folder.name in ("", "..") or foreign:
+    foreign = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
+    if folder.name in ("", "..") or (foreign and not (folder / "config.json").exists()):
         fail(f"{folder}: not the folder of a run. Name another with --out")
     with one_line(folder, "Wait for the other run, or name another folder with --out"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -1033,10 +1033,10 @@ def main(argv: list[str] | None = None) -> dict:
             )
             print(f'          or python {sys.argv[0]} --out {args.out} --predict "your text"')
             return metrics
-    except RuntimeError:
+    except RuntimeError as error:  # gloo and NCCL raise it where a connection is lost
         if not dist.is_initialized():
             raise
-        fail("another process of this run has ended. Give the same command again with --resume")
+        fail(f"another process of this run has ended, or: {error}. Go on with --resume")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

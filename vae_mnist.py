@@ -746,8 +746,8 @@ def open_run(folder: Path, args: argparse.Namespace, hashes: dict[str, str]) -> 
     """Hold the run's folder while the block lasts; a run that starts over keeps the old one."""
     lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
     previous = folder.parent / f"{folder.name}.previous"
-    foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists()
-    if folder.name in ("", "..") or foreign:
+    foreign = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
+    if folder.name in ("", "..") or (foreign and not (folder / "config.json").exists()):
         fail(f"{folder}: not the folder of a run. Name another with --out")
     with one_line(folder, "Wait for the other run, or name another folder with --out"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -927,10 +927,11 @@ def train_all(runs: list[Namespace]) -> dict:
     rank, world = start_processes(pick_device(args.device))
     pixels, sha256 = load_images(find_data(args.data), args.out)
     images = split_images(pixels, args.seed, args.limit)
-    for one in runs:
-        one.batch_size = min(args.batch_size, len(images.train))
+    print(f"images    {', '.join(f'{len(v)} {k}' for k, v in images._asdict().items())}")
     if args.batch_size % world:
         fail(f"--batch-size {args.batch_size}: give a multiple of the {world} processes")
+    for one in runs:
+        one.batch_size = min(args.batch_size, len(images.train))
     states = [load_saved(one, sha256, len(runs) > 1) for one in runs]
     if world > 1:
         dist.barrier()  # until all have read what the first one may move away
@@ -939,13 +940,18 @@ def train_all(runs: list[Namespace]) -> dict:
     with Progress(total * per_epoch, done * per_epoch, quiet=rank != 0) as bar:
         for one, state in zip(runs, states, strict=True):
             metrics.append(state.get("metrics") or run(one, images, state, bar))
+            neg_elbo = metrics[-1]["neg_elbo"]["test"]
+            bar.write(f"λ = {one.kl_weight:<6g}-ELBO {neg_elbo:.2f} nats on test images")
             if rank == 0:
                 write_json(one.folder / "metrics.json", metrics[-1])
     keys = ("reconstruction", "kl", "neg_elbo")
     table = pd.DataFrame([row | {key: row[key]["test"] for key in keys} for row in metrics])
     columns = ["lambda", *keys, "iwae", "bits_per_dim", "psnr_db", "active_units", "seconds"]
-    print(table[columns].round(3).to_string(index=False))
+    shown = table[columns].round(3).assign(**{"lambda": table["lambda"].map("{:g}".format)})
+    print(shown.to_string(index=False))
     print(f"wrote     {', '.join(str(one.folder) for one in runs)}")
+    words = ["--sample", "100", "--out", str(args.out), "--lambda", f"{args.kl_weight:g}"]
+    print(f"next      {shlex.join(['python', sys.argv[0], *words])}")
     if len(runs) > 1 and rank == 0:
         write_file(args.out / "sweep.csv", partial(table.to_csv, index=False, mode="wb"))
         plot_sweep(args.out, [one.folder for one in runs], table)
@@ -967,10 +973,10 @@ def main(argv: list[str] | None = None) -> dict:
             return {}  # and does alone what needs no training
     try:
         return use_finished(runs[0]) if args.evaluate or args.sample else train_all(runs)
-    except RuntimeError:
+    except RuntimeError as error:  # gloo and NCCL raise it where a connection is lost
         if not dist.is_initialized():
             raise
-        fail("another process of this run has ended. Give the same command again with --resume")
+        fail(f"another process of this run has ended, or: {error}. Go on with --resume")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -645,8 +645,8 @@ def open_run(folder: Path, args: argparse.Namespace, hashes: dict[str, str]) -> 
     """Hold the run's folder while the block lasts; a run that starts over keeps the old one."""
     lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
     previous = folder.parent / f"{folder.name}.previous"
-    foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists()
-    if folder.name in ("", "..") or foreign:
+    foreign = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
+    if folder.name in ("", "..") or (foreign and not (folder / "config.json").exists()):
         fail(f"{folder}: not the folder of a run. Name another with --out")
     with one_line(folder, "Wait for the other run, or name another folder with --out"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -805,7 +805,10 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"data      {folder}" + (f", the bundled sample. {SOURCE}" if folder == sample else ""))
     metrics = run(args, read_verbs(folder, args.holdout, args.limit, args.seed))
     for name, value in metrics.items():
-        print(f"{name:24}{value}")
+        print(f"{name:24}{round(value, 4) if isinstance(value, float) else value}")
+    if not args.holdout:
+        print("bleu4 is memory where the tests' verbs were trained on; --holdout 100 asks for more")
+    print(f"wrote     tables, training.png, metrics.json and the model in {args.out}/")
     command = ["python", sys.argv[0], "--out", str(args.out), "--convert", "walk", "--to", "past"]
     print(f"next      {shlex.join(command)}")
     return metrics

@@ -553,7 +553,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_epoch(twin, here, monkeypatch,
         run(twin, "--out", "cut")
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1, error
-    assert "epoch 2, step 4. Lower --lr (now" in error
+    assert "epoch 2, step 5. Lower --lr (now" in error
     assert torch.load("cut/lambda-1/checkpoint.pt", weights_only=True)["epoch"] == 1
     assert without_seconds(run(twin, "--out", "cut", "--resume")) == without_seconds(whole)
 
