@@ -373,6 +373,21 @@ def class_evidence(
 # --------------------------------------------------------------------------------------------------
 
 
+class Dropout(nn.Module):
+    """Dropout from one random byte an element, p to 1/256: nn.Dropout takes a third of a step."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.cut = min(round(256 * p), 255)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.cut == 0:
+            return x
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
+        draws = words.random_(-(2**63), None).view(torch.uint8)[: x.numel()].view(x.shape)
+        return x * ((draws >= self.cut) * (256 / (256 - self.cut)))
+
+
 class EncoderLayer(nn.Module):
     """Self-attention and a feed-forward network, each behind a LayerNorm and added to its input.
 
@@ -386,7 +401,7 @@ class EncoderLayer(nn.Module):
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.query_key_value, self.merge = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.widen, self.narrow = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor, return_attn: bool = False) -> tuple:
         """x (B, T, dim), keep (B, T) true at tokens -> (B, T, dim) and, if asked for, attn_weights
@@ -426,7 +441,7 @@ class TransformerClassifier(nn.Module):
         layer = partial(EncoderLayer, dim, heads, dropout, settings.activation)
         self.layers = nn.ModuleList(layer() for _ in range(settings.layers))
         self.norm, self.classify = nn.LayerNorm(dim), nn.Linear(dim, classes)
-        self.input_dropout, self.output_dropout = nn.Dropout(0.1), nn.Dropout(dropout)
+        self.input_dropout, self.output_dropout = Dropout(0.1), Dropout(dropout)
 
     def forward(
         self, tokens: torch.Tensor, evidence: torch.Tensor | None = None, return_attn: bool = False
@@ -526,7 +541,8 @@ def train_member(
             y = labels[rows].to(device)  # (B,)
             x = drop_words(pad([texts[row] for row in rows] * passes), settings.word_dropout)
             evidence = tables[part[rows * passes, None, None], x[..., 2:]]  # (…, T, GRAMS, C)
-            with autocast(device):
+            # At this width bf16 costs a CPU more in casts than it saves.
+            with autocast(device) if device.type == "cuda" else contextlib.nullcontext():
                 logits = network(x.to(device), evidence.to(device)).float()  # (passes * B, C)
             loss, nll = r_drop_loss(logits, y, settings.label_smoothing, settings.r_drop)
             optimizer.zero_grad()

@@ -318,7 +318,7 @@ def save_first_gradients(script, words, name):
         patch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
         patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         if script is transformer:
-            patch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
+            patch.setattr(transformer.Dropout, "forward", lambda self, x: x)
         script.main(words)
 
 

@@ -175,6 +175,16 @@ def test_r_drop_loss_equals_reference():
     torch.testing.assert_close(loss, (expected + 0.7 * kl.sum() / 2) / 5)
 
 
+def test_dropout_keeps_the_mean_and_drops_its_share():
+    torch.manual_seed(0)
+    drop = t.Dropout(0.3).train()
+    y = drop(torch.ones(1_000_003))
+    assert abs((y == 0).float().mean() - 0.3) < 0.003 and abs(y.mean() - 1) < 0.005
+    assert torch.equal(drop.eval()(y), y)
+    kept = t.Dropout(0.999).train()(torch.ones(100_000))
+    assert 0 < kept.count_nonzero() < 1000
+
+
 def test_learning_rate_warms_up_and_ends_at_zero():
     rates = [t.learning_rate(step, 100, 2.0) for step in range(101)]
     assert rates[9] == 2.0 == max(rates) and rates[0] == 0.2 and abs(rates[100]) < 1e-12
