@@ -113,7 +113,10 @@ def read_table(path: Path) -> tuple[pd.DataFrame, str]:
     with one_line(path, f"{SOURCE}, or name a folder with --data"):
         content, text = path.read_bytes(), {"dtype": str, "keep_default_na": False}
         file = io.StringIO(content.decode("utf-8-sig"), newline="")
-        table = pd.read_csv(file, header=None, engine="python", **text)  # short rows become nan
+        table = pd.read_csv(file, header=None, engine="python", skip_blank_lines=False, **text)
+        table = table.dropna(how="all")  # blank lines; what a short row lacks is nan as well
+        if table.empty:
+            raise ValueError("it is empty")
         if table.isna().any(axis=None):
             row = table.isna().any(axis=1).idxmax() + 1
             raise ValueError(f"row {row} has fewer fields than the first")
@@ -237,13 +240,11 @@ class Vocabulary(NamedTuple):
     def encode(self, tokens: list[Token]) -> torch.Tensor:
         """Integers (T, 2 + GRAMS): word, column and grams; no token at all is one <unk>."""
         rows = [
-            [self.words.get(token.word, UNK), token.column, *map(self.number, token.grams)]
+            [self.words.get(token.word, UNK), token.column]
+            + [self.grams.get(name, 0) for name in token.grams]
             for token in tokens[: self.max_length] or [Token("", 1, ("",) * GRAMS)]
         ]
         return torch.tensor(rows)
-
-    def number(self, gram: str) -> int:
-        return self.grams.get(gram, 0)
 
 
 def read_vectors(source: str, words: set[str], folder: Path) -> dict[str, np.ndarray]:
@@ -314,9 +315,7 @@ def prepare(args: argparse.Namespace, news: News) -> Inputs:
     grams = Vocab(names, specials=["<pad>"])
     features = torch.tensor(np.stack([vectors[word] for word in words.itos[2:]])).float()
     features = F.pad(features, (0, 0, 2, 0))  # zeros for <pad> and <unk>
-    print(
-        f"tokens    {args.tokenizer}: {counts.total() / len(texts):.1f} a text, {len(words)} words"
-    )
+    print(f"tokens    {counts.total() / len(texts):.1f} a text; {len(words)} words in all")
     vocabulary = Vocabulary(dict(words.stoi), dict(grams.stoi), columns, args.max_length)
     return Inputs([vocabulary.encode(text) for text in texts], vocabulary, features, coverage)
 
@@ -605,7 +604,9 @@ def cross_validate(args: argparse.Namespace, news: News) -> dict:
         write_json(args.out / "metrics.json", state["metrics"])
         return state["metrics"]
     began, inputs = time.monotonic() - state["seconds"], prepare(args, news)
-    state["vocabulary"] = inputs.vocabulary._asdict()
+    vocabulary = inputs.vocabulary._asdict()
+    if state.setdefault("vocabulary", vocabulary) != vocabulary:
+        fail(f"{args.out}: trained with other word vectors. Give the same, or no --resume")
     state.setdefault("features", inputs.features)
 
     def save() -> None:
@@ -633,12 +634,11 @@ def cross_validate(args: argparse.Namespace, news: News) -> dict:
             state["current"] = None
             save()
             share = (member["held_out"].argmax(-1) == labels[held_out]).float().mean()
-            bar.write(
-                f"model {len(state['members'])} of {len(folds)}: {share:.4f} of held-out rows right"
-            )
+            bar.write(f"model {len(state['members'])} of {len(folds)}: held out {share:.4f}")
         metrics, oof = score(state, labels)
         if rank == 0:
             leave_results(args, news, inputs, state, metrics, oof)
+            print(f"wrote     submission.csv; figures, tables and the model in {args.out}/")
         seconds = time.monotonic() - began
         state["metrics"] = metrics | {"vector_coverage": inputs.coverage, "seconds": seconds}
         save()
@@ -1043,7 +1043,6 @@ def main(argv: list[str] | None = None) -> dict:
             metrics = cross_validate(args, load_news(args))
             accuracy, error = metrics["oof_accuracy"], metrics["oof_accuracy_se"]
             print(f"accuracy  {accuracy:.4f} ± {error:.4f} (standard error), out of fold")
-            print(f"wrote     submission.csv; figures, tables and the model in {args.out}/")
             print(
                 "next      kaggle competitions submit COMPETITION -f submission.csv -m Transformer"
             )

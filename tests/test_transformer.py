@@ -389,6 +389,26 @@ def test_resume_refuses_other_vectors(here, monkeypatch, capsys):
     assert "trained with vectors none, not glove.tiny.txt" in capsys.readouterr().err
 
 
+def test_resume_refuses_a_vectors_file_that_has_changed(here, monkeypatch, capsys):
+    path, words = Path("data/glove.tiny.txt"), ["--epochs", "3"]
+    path.write_text("the 1 2 3 4\nof 4 3 2 1\n")
+    interrupted(monkeypatch, 1, *words)
+    path.write_text("the 1 2 3 4\nof 4 3 2 1\nin 2 2 1 1\n")
+    with pytest.raises(SystemExit):
+        run("--resume", *words)
+    assert "trained with other word vectors" in capsys.readouterr().err
+
+
+def test_rows_without_text_keep_their_place(here):
+    """In a file of one column, too, where a row is an empty quoted field or blanks."""
+    rows = rows_of("data/train.csv")
+    write_rows("data/train.csv", [["Category", "Title"], *(row[1:3] for row in rows[1:])])
+    Path("data/test.csv").write_text('Title\nA late goal\n""\n   \nOil fell\n\n', encoding="utf-8")
+    run()
+    assert [row[0] for row in rows_of("submission.csv")] == ["Id", "1", "2", "3", "4"]
+    Path("submission.csv").unlink()
+
+
 def test_metrics_without_a_checkpoint_are_no_finished_run(here, monkeypatch):
     metrics = run()
     Path("runs/transformer/checkpoint.pt").unlink()

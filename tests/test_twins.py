@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"transformer.py": 800, "vae_mnist.py": 800, "vae_anime.py": 800, "lab4/cvae.py": 700}
-LENGTHS = (1062, 986, 1035, 818)  # to be lowered with each cut, never raised
+LENGTHS = (1061, 986, 1035, 818)  # to be lowered with each cut, never raised
 LONGEST_YET = dict(zip(SCRIPTS, LENGTHS, strict=True))
 MAY_DIFFER = {"load_images", "augment", "Encoder", "Decoder", "initialize", "log_prob", "mean"}
 CONSTANTS = {
