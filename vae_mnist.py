@@ -608,11 +608,12 @@ def plot_posterior(folder: Path, model: VAE, test: Tensor, scores: dict, args: N
 
 
 def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> None:
-    """Training (warped images, the step's own weights) and validation, by epoch."""
+    """Training (changed images, the step's own weights) and validation, by epoch."""
     titles = {"loss": f"loss, λ = {kl_weight:g}", "reconstruction": "-log p(x|z)", "kl": "KL"}
     with panels(path, 3) as axes:
         for panel, (key, title) in zip(axes, titles.items(), strict=True):
-            curves = history.set_index("epoch")[[f"train_{key}", f"validation_{key}"]]
+            names = {f"train_{key}": "training", f"validation_{key}": "validation"}
+            curves = history.set_index("epoch")[[*names]].rename(columns=names)
             late = curves[len(curves) // 20 :].to_numpy()  # the first epochs would flatten the rest
             margin = 0.05 * (late.max() - late.min()) + 1e-6
             limits = (late.min() - margin, late.max() + margin)
@@ -746,9 +747,9 @@ def open_run(folder: Path, args: argparse.Namespace, hashes: dict[str, str]) -> 
     """Hold the run's folder while the block lasts; a run that starts over keeps the old one."""
     lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
     previous = folder.parent / f"{folder.name}.previous"
-    foreign = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
-    if folder.name in ("", "..") or (foreign and not (folder / "config.json").exists()):
-        fail(f"{folder}: not the folder of a run. Name another with --out")
+    used = [p for p in (folder, previous) if p.is_dir() and {*p.iterdir()} - {*p.glob(".*.tmp")}]
+    if folder.name in ("", "..") or not all((p / "config.json").exists() for p in used):
+        fail(f"{folder}, or {previous.name}: not the folder of a run. Name another with --out")
     with one_line(folder, "Wait for the other run, or name another folder with --out"):
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -940,8 +941,7 @@ def train_all(runs: list[Namespace]) -> dict:
     with Progress(total * per_epoch, done * per_epoch, quiet=rank != 0) as bar:
         for one, state in zip(runs, states, strict=True):
             metrics.append(state.get("metrics") or run(one, images, state, bar))
-            neg_elbo = metrics[-1]["neg_elbo"]["test"]
-            bar.write(f"λ = {one.kl_weight:<6g}-ELBO {neg_elbo:.2f} nats on test images")
+            bar.write(f"λ = {one.kl_weight:<6g}-ELBO {metrics[-1]['neg_elbo']['test']:.2f} nats")
             if rank == 0:
                 write_json(one.folder / "metrics.json", metrics[-1])
     keys = ("reconstruction", "kl", "neg_elbo")

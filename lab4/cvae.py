@@ -645,9 +645,9 @@ def open_run(folder: Path, args: argparse.Namespace, hashes: dict[str, str]) -> 
     """Hold the run's folder while the block lasts; a run that starts over keeps the old one."""
     lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
     previous = folder.parent / f"{folder.name}.previous"
-    foreign = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
-    if folder.name in ("", "..") or (foreign and not (folder / "config.json").exists()):
-        fail(f"{folder}: not the folder of a run. Name another with --out")
+    used = [p for p in (folder, previous) if p.is_dir() and {*p.iterdir()} - {*p.glob(".*.tmp")}]
+    if folder.name in ("", "..") or not all((p / "config.json").exists() for p in used):
+        fail(f"{folder}, or {previous.name}: not the folder of a run. Name another with --out")
     with one_line(folder, "Wait for the other run, or name another folder with --out"):
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()

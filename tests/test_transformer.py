@@ -650,7 +650,11 @@ BAD = {
     "small limit": (lambda: None, ["--limit", "5"], r"each in --folds 2 rows"),
     "out is a file": (lambda: Path("out").touch(), ["--out", "out"], r"out: File exists"),
     "out is below a file": (lambda: Path("out").touch(), ["--out", "out/x"], r"out/x: Not a dir"),
-    "out holds other files": (lambda: None, ["--out", "data"], r"data: not the folder of a run"),
+    "out holds other files": (
+        lambda: None,
+        ["--out", "data"],
+        r"data, or data.previous: not the folder of a run",
+    ),
     "heads": (lambda: None, ["--heads", "3"], r"--heads 3 does not divide --dim 16"),
     "folds": (lambda: None, ["--folds", "1"], r"--folds 1: give a number from 2"),
     "nan": (lambda: None, ["--lr", "nan"], r"--lr nan: give a number from"),
@@ -677,6 +681,16 @@ def test_bad_input_ends_with_one_line(here, capsys, case):
     assert re.search(message, error), error
     assert Path("submission.csv").read_text() == "mine" and not Path("runs").exists()
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_folder_of_the_users_own_is_never_removed(here, capsys):
+    run("--out", "out")
+    Path("out.previous").mkdir()
+    Path("out.previous/thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        run("--out", "out")
+    assert "out.previous: not the folder of a run" in capsys.readouterr().err
+    assert Path("out.previous/thesis.txt").read_text() == "mine" and Path("out").is_dir()
 
 
 def test_two_runs_do_not_share_a_folder(here, capsys):
