@@ -84,9 +84,7 @@ SGD = partial(torch.optim.SGD, momentum=0.9)
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": SGD}
 
 
-# --------------------------------------------------------------------------------------------------
-# data: csv -> texts and labels -> tokens -> integers
-# --------------------------------------------------------------------------------------------------
+# data: csv -> texts and labels -> tokens -> integers ----------------------------------------------
 
 
 class News(NamedTuple):
@@ -367,9 +365,7 @@ def class_evidence(
     return tables, part
 
 
-# --------------------------------------------------------------------------------------------------
-# model
-# --------------------------------------------------------------------------------------------------
+# model --------------------------------------------------------------------------------------------
 
 
 class Dropout(nn.Module):
@@ -464,9 +460,7 @@ class TransformerClassifier(nn.Module):
         return (logits, attn_weights) if return_attn else logits
 
 
-# --------------------------------------------------------------------------------------------------
-# objective
-# --------------------------------------------------------------------------------------------------
+# objective ----------------------------------------------------------------------------------------
 
 
 def drop_words(tokens: torch.Tensor, p: float) -> torch.Tensor:
@@ -495,9 +489,7 @@ def r_drop_loss(
     return nll + weight * kl, nll
 
 
-# --------------------------------------------------------------------------------------------------
-# train and evaluate
-# --------------------------------------------------------------------------------------------------
+# train and evaluate -------------------------------------------------------------------------------
 
 
 def start_processes(device: torch.device) -> tuple[int, int]:
@@ -510,7 +502,7 @@ def start_processes(device: torch.device) -> tuple[int, int]:
 
 
 def train_member(
-    model: nn.Module, texts: list, labels: torch.Tensor, state: dict, bar: Progress, save: Callable
+    model: nn.Module, texts: list, labels: torch.Tensor, state: dict, bar: tqdm, save: Callable
 ) -> None:
     """Train `model`, the run's next, on `texts`, on from the last epoch that `state` holds."""
     settings, device = argparse.Namespace(**state["settings"]), model.position.device
@@ -554,7 +546,7 @@ def train_member(
             nll_sum += nll.item() * len(y)
             right += (logits[: len(y)].argmax(-1) == y).sum().item()
             seen += len(y)
-            bar.step()
+            bar.update()
         row = {"model": place[1] + 1, "epoch": epoch + 1, "cross_entropy": nll_sum / seen}
         state["history"].append(row | {"accuracy": right / seen})
         weights, moments = model.state_dict(), optimizer.state_dict()
@@ -618,8 +610,9 @@ def cross_validate(args: argparse.Namespace, news: News) -> dict:
     folds = [fold for fold in splitter.split(labels, labels) for _ in range(args.seeds)]
     batches = [len(rows) // min(args.batch_size, len(rows)) for rows, _ in folds]
     steps = np.repeat(batches, args.epochs).tolist()  # of each epoch of each model
+    done = sum(steps[: len(state["history"])])
     hold = open_run(args.out, args, news.hashes) if rank == 0 else contextlib.nullcontext()
-    with hold, Progress(sum(steps), sum(steps[: len(state["history"])]), quiet=rank > 0) as bar:
+    with hold, tqdm(total=sum(steps), initial=done, unit="batch", disable=rank > 0 or None) as bar:
         for rows, held_out in folds[len(state["members"]) :]:
             seed_all(args.seed, len(state["members"]))
             model = build_model(state).to(device).train()
@@ -702,9 +695,7 @@ def predict(args: argparse.Namespace) -> dict:
     return {"labels": labels, "confidence": confidence.tolist()}
 
 
-# --------------------------------------------------------------------------------------------------
-# figures and tables
-# --------------------------------------------------------------------------------------------------
+# figures and tables -------------------------------------------------------------------------------
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -819,9 +810,7 @@ def draw_attention(
             save_figure(figure, args.out / f"attention-{kind}-{number}.png")
 
 
-# --------------------------------------------------------------------------------------------------
-# run folder, errors, command line (the same to the letter in every script of this project)
-# --------------------------------------------------------------------------------------------------
+# run folder, errors, command line (much of it the same in every script) ---------------------------
 
 
 def fail(message: str) -> NoReturn:
@@ -883,21 +872,6 @@ def autocast(device: torch.device) -> torch.autocast:
     """bf16 matrix products where the processor has them: a GPU, or a CPU with avx512_bf16."""
     bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type != "mps")
-
-
-class Progress(tqdm):
-    """One bar for the whole run, and after 30 batches a line that says how long it will take."""
-
-    def __init__(self, total: int, done: int, quiet: bool = False):
-        super().__init__(total=total, initial=done, unit="batch", disable=quiet or None)
-        self.left, self.moments = total - done, []
-
-    def step(self) -> None:
-        self.update()
-        self.moments.append(time.monotonic())
-        if len(self.moments) == 30:  # the first ten are slow
-            minutes = (self.moments[29] - self.moments[9]) / 20 * self.left / 60
-            self.write(f"time      about {minutes:.1f} minutes for {self.left} batches")
 
 
 def write_file(path: Path, save: Callable[[io.BytesIO], object]) -> None:

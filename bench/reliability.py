@@ -34,7 +34,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE_NAMES = (".png", ".jpg", ".jpeg")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-SMALL = "--limit 200 --epochs 3 --iwae 8 --iwae-images 8 --latent-dim 16"
+SMALL = "--limit 200 --epochs 3 --iwae 8 --latent-dim 16"
 TASKS = {  # script: what stands in --data, and a run of some seconds
     "transformer.py": ("", "--limit 300 --epochs 3 --folds 2 --vectors none"),
     "vae_mnist.py": ("TibetanMNIST.npz", SMALL),
@@ -249,7 +249,7 @@ def two_epochs(command: list[str], environment: dict[str, str]) -> float:
 def spread(args: argparse.Namespace) -> None:
     """Seconds of two further epochs, one process with all threads against two of one each."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    flags = "--limit 2000 --iwae 1 --iwae-images 1"
+    flags = "--limit 2000 --iwae 1"
     tasks = {
         "transformer.py": ("", "--folds 2"),
         "vae_mnist.py": ("TibetanMNIST.npz", flags),

@@ -206,7 +206,7 @@ def speed(args: argparse.Namespace, news: t.News, inputs: t.Inputs, unseen: np.n
         state = empty | {"settings": settings, "classes": news.classes, "features": inputs.features}
         state["vocabulary"] = inputs.vocabulary._asdict()
         model = t.build_model(state).train()
-        bar = t.Progress(0, 0, quiet=True)
+        bar = t.tqdm(disable=True)
         t.train_member(model, inputs.texts[:count], news.labels, state, bar, lambda: None)
 
     once = argparse.Namespace(**vars(args) | {"epochs": 1})

@@ -87,9 +87,7 @@ RANGES |= dict.fromkeys(["invented", "prior_draws", "kl_max"], (0, 1000))
 RANGES |= {"lr": (1e-9, 10), "teacher_forcing": (0, 1)}
 
 
-# --------------------------------------------------------------------------------------------------
-# data: verbs -> letters -> integers -> batches
-# --------------------------------------------------------------------------------------------------
+# data: verbs -> letters -> integers -> batches ----------------------------------------------------
 
 Verb = tuple[str, ...]  # its four forms in the order of TENSES
 Conversion = tuple[str, str, int, int]  # a word, the same verb in another tense, and both tenses
@@ -215,9 +213,7 @@ def make_batch(
     return [source, source_tense, target, target_tense, noise]
 
 
-# --------------------------------------------------------------------------------------------------
-# model
-# --------------------------------------------------------------------------------------------------
+# model --------------------------------------------------------------------------------------------
 
 
 class CVAE(nn.Module):
@@ -298,9 +294,7 @@ def mix_letters(right: Tensor, logits: Tensor, share: float) -> Tensor:
     return F.pad(torch.where(guessed, logits.argmax(-1), right), (1, -1), value=START)
 
 
-# --------------------------------------------------------------------------------------------------
-# objective (nats per word)
-# --------------------------------------------------------------------------------------------------
+# objective (nats per word) ------------------------------------------------------------------------
 
 
 def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -353,9 +347,7 @@ def prior_loss(
     return reconstruction_loss(logits, words).mean()
 
 
-# --------------------------------------------------------------------------------------------------
-# train and evaluate
-# --------------------------------------------------------------------------------------------------
+# train and evaluate -------------------------------------------------------------------------------
 
 
 def train(model: CVAE, verbs: Verbs, args: argparse.Namespace, state: dict) -> CVAE:
@@ -372,7 +364,7 @@ def train(model: CVAE, verbs: Verbs, args: argparse.Namespace, state: dict) -> C
     forms, posteriors = verb_tensor(verbs.train), None  # (N, 4, T)
     first, per_epoch = len(state["history"]), math.ceil(len(forms) / args.batch_size)
     steps, began = args.epochs * per_epoch, time.monotonic() - state["seconds"]
-    progress = Progress(steps, first * per_epoch)
+    progress = tqdm(total=steps, initial=first * per_epoch, unit="batch", disable=None)
 
     for epoch in range(first, args.epochs):
         order = torch.randperm(len(forms), generator=seed_all(args.seed, epoch))
@@ -402,7 +394,7 @@ def train(model: CVAE, verbs: Verbs, args: argparse.Namespace, state: dict) -> C
             optimizer.step()
             update_average(average, model, step)
             sums += torch.stack([reconstruction[: len(rows)].sum(), kl.sum()]).detach()
-            progress.step()
+            progress.update()
         row = {"epoch": epoch + 1, "kl_weight": weight, "teacher_forcing": forcing}
         row["reconstruction"], row["kl"] = (sums / len(forms)).tolist()
         row["bleu4"] = score_conversions(average, verbs.tests)[2]
@@ -493,9 +485,7 @@ def score_run(model: CVAE, verbs: Verbs, seed: int) -> dict:
     return metrics | {"parameters": sum(p.numel() for p in model.parameters())}
 
 
-# --------------------------------------------------------------------------------------------------
-# figures
-# --------------------------------------------------------------------------------------------------
+# figures ------------------------------------------------------------------------------------------
 
 
 def plot_history(path: Path, histories: dict[str, list[dict]]) -> None:
@@ -538,9 +528,7 @@ def write_results(args: argparse.Namespace, model: CVAE, verbs: Verbs, history: 
     print(conversions.to_string(index=False), generated[:4].to_string(index=False), sep="\n\n")
 
 
-# --------------------------------------------------------------------------------------------------
-# run folder, errors, command line (the same to the letter in every script of this project)
-# --------------------------------------------------------------------------------------------------
+# run folder, errors, command line (much of it the same in every script) ---------------------------
 
 
 def fail(message: str) -> NoReturn:
@@ -602,21 +590,6 @@ def autocast(device: torch.device) -> torch.autocast:
     """bf16 matrix products where the processor has them: a GPU, or a CPU with avx512_bf16."""
     bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type != "mps")
-
-
-class Progress(tqdm):
-    """One bar for the whole run, and after 30 batches a line that says how long it will take."""
-
-    def __init__(self, total: int, done: int, quiet: bool = False):
-        super().__init__(total=total, initial=done, unit="batch", disable=quiet or None)
-        self.left, self.moments = total - done, []
-
-    def step(self) -> None:
-        self.update()
-        self.moments.append(time.monotonic())
-        if len(self.moments) == 30:  # the first ten are slow
-            minutes = (self.moments[29] - self.moments[9]) / 20 * self.left / 60
-            self.write(f"time      about {minutes:.1f} minutes for {self.left} batches")
 
 
 def write_file(path: Path, save: Callable[[io.BytesIO], object]) -> None:

@@ -109,7 +109,7 @@ def plan_transformer(plan: Plan, quick: bool) -> None:
 
 
 def plan_vae(plan: Plan, name: str, quick_epochs: str, sweep_epochs: str, quick: bool) -> None:
-    small = ["--iwae", "16", "--iwae-images", "20"] if quick else []
+    small = ["--iwae", "16"] if quick else []
     epochs = ["--epochs", quick_epochs if quick else sweep_epochs]
     plan.train(name, f"{name}.py", [*epochs, *small] if quick else [], "lambda-1/metrics.json")
     plan.train(f"{name}_sweep", f"{name}.py", ["--lambda", *LAMBDAS, *epochs, *small], "sweep.csv")

@@ -269,6 +269,16 @@ def mutual_information(mu: torch.Tensor, logvar: torch.Tensor) -> float:
     return (log_q - log_mixture).mean().item()
 
 
+def whitening(prior) -> tuple[torch.Tensor, torch.Tensor]:
+    """m (k,) and A (k, k) such that u = A (z - m) has mean 0 and covariance I under p(z)."""
+    parts = (part.cpu().double() for part in (prior.log_weights.exp(), prior.loc, prior.A))
+    weights, means, factors = parts
+    roots, m = torch.linalg.inv(factors), weights @ means
+    offset = (means - m) * weights[:, None].sqrt()
+    covariance = torch.einsum("j,jde,jfe->df", weights, roots, roots) + offset.T @ offset
+    return m, torch.linalg.inv(torch.linalg.cholesky(covariance))
+
+
 def aggregate_posterior(mu, logvar, m, A) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean (k,) and eigenvalues (k,) of the covariance of the mixture of N posteriors (N, k).
 
@@ -300,15 +310,14 @@ def measure_one_vae(script: ModuleType, run: Path) -> None:
     """measured.json and aggregate-posterior.png of one λ, on its test images."""
     args, device = read_arguments(run), script.pick_device("auto")
     model, _ = script.load_finished(run, device)
-    images, sha256 = script.load_images(script.find_data(args.data), run.parent)
+    images, sha256 = script.load_images(script.find_data(args.data))
     check_data(run, {"data": sha256})
     test = script.split_images(images, args.seed, args.limit).test[
         :2000
     ]  # the mixture takes N² distances
-    scores = script.evaluate(model, test, args.seed)
-    mu, logvar = scores["mu"].double(), scores["logvar"].double()
-    prior = model.prior()
-    m, A = script.whitening(type(prior)(*(part.cpu().double() for part in prior)))
+    _, each = script.evaluate(model, test, args, final=True)
+    mu, logvar = each["mu"].double(), each["variance"].double().log()
+    m, A = whitening(model.prior())
     mean, eigenvalues = aggregate_posterior(mu, logvar, m, A)
     measured = {
         "mutual_information": mutual_information(mu, logvar),

@@ -208,7 +208,7 @@ def test_npz(inside, edits):
         else mutate(zipped({"image.npy": ARRAY}), edits)
     )
     Path("some.npz").write_bytes(content)
-    found = outcome(vae_mnist.load_images, Path("some.npz"), Path("out"))
+    found = outcome(vae_mnist.load_images, Path("some.npz"))
     assert found is not None or edits != NOTHING
     assert found is None or found[0][:].shape[1:] == vae_mnist.SHAPE
 
@@ -242,7 +242,7 @@ def test_zip(kind, edits):
     else:
         content = mutate(zipped(FACES), edits)
     Path("some.zip").write_bytes(content)
-    found = outcome(vae_anime.load_images, Path("some.zip"), Path("out"))
+    found = outcome(vae_anime.load_images, Path("some.zip"))
     assert found is not None or edits != NOTHING
     assert found is None or found[0][:].shape[1:] == vae_anime.SHAPE
 
@@ -281,7 +281,7 @@ def test_verbs(name, edits):
     assert found is None or found.shape[1] == 4
 
 
-SMALL_VAE = "--epochs 1 --limit 20 --latent-dim 2 --iwae 1 --iwae-images 1"
+SMALL_VAE = "--epochs 1 --limit 20 --latent-dim 2 --iwae 1"
 CHECKPOINTS = {
     transformer: f"--data {SAMPLE} --epochs 1 --folds 2 --dim 8 --heads 2 --limit 40",
     vae_mnist: f"--data {SAMPLE}/TibetanMNIST.npz {SMALL_VAE}",
