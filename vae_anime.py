@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "pandas==3.1.1", "matplotlib==3.11.2",
-#                 "tqdm==4.70.1", "pillow==13.0.0", "filelock==4.2.12"]
+#                 "tqdm==4.70.1", "pillow==12.3.0", "filelock==4.2.12"]
 # ///
 """Learn colour images of anime faces with a variational autoencoder of two scales.
 
@@ -76,6 +76,7 @@ SHAPE = (3, 64, 64)  # channels, rows, columns
 LEVELS = 256  # every value of a byte
 LATENT_DIM = 96  # of the global code
 WIDTH, DETAIL = 64, 8  # channels of the detail's network; channels of each of its codes
+SMOOTH_SIGMA = 0.15  # of the smooth image's own likelihood: the larger, the less z has to tell
 LADDER = ((8, 3), (16, 2))  # (rows and columns, codes), from coarse to fine
 PRIOR_GAUSSIANS = 4  # in the learned prior
 EPOCHS = 12
@@ -199,8 +200,8 @@ def upsample(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
 
 
 def gaussian(mu: Tensor, logvar: Tensor) -> Independent:
-    """N(μ, diag σ²) of a batch, in float32; at λ = 0 nothing else keeps σ from 0."""
-    scale = (0.5 * logvar.float().clamp(-20.0, 10.0)).exp()
+    """N(μ, diag σ²) of a batch, in float32; σ near 0 would make a KL that ends the training."""
+    scale = (0.5 * logvar.float().clamp(-10.0, 5.0)).exp()
     return Independent(Normal(mu.float(), scale, validate_args=False), mu.dim() - 1)
 
 
@@ -339,12 +340,14 @@ class VAE(nn.Module):
         self.prior = LearnedPrior(latent_dim, learned_prior)
         self.look, self.compare = Features(3), Features(6)
         rungs = [nn.ModuleList(Rung() for _ in range(count)) for _, count in LADDER]
-        self.ladder, self.grow = nn.ModuleList(rungs), nn.Sequential(*upsample(WIDTH, WIDTH))
+        self.ladder, self.grow = (
+            nn.ModuleList(rungs),
+            nn.Sequential(nn.Conv2d(WIDTH, 4 * WIDTH, 1), nn.PixelShuffle(2)),
+        )
         half = Residual(WIDTH), *upsample(WIDTH, 32), Residual(32), nn.SiLU()  # (B, 32, 32, 32)
         self.paint = nn.Sequential(*half, *upsample(32, 3))
         nn.init.zeros_(self.paint[-2].weight)
         self.log_sigma = nn.Parameter(torch.tensor(-1.5))
-        self.smooth_log_sigma = nn.Parameter(torch.tensor(-1.5))
         self.register_buffer("log_spectrum", torch.zeros(SHAPE))
         self.register_buffer("mean_image", torch.zeros(SHAPE))
         self.to(memory_format=torch.channels_last)
@@ -363,8 +366,8 @@ class VAE(nn.Module):
         with autocast(z.device):
             smooth = (self.mean_image + self.decoder(z)).float()
             start = smooth.detach()  # so that detail cannot bend what z means
-            features, details, h = self.look(start), [], 0.0
-            seen = {} if x is None else self.compare(torch.cat([start, x - start], 1))
+            features, details, h = self.look(start - 0.5), [], 0.0
+            seen = {} if x is None else self.compare(torch.cat([x - 0.5, 3 * (x - start)], 1))
             for (size, _), rungs in zip(LADDER, self.ladder, strict=True):
                 h = features[size] + (self.grow(h) if details else 0.0)
                 for rung in rungs:
@@ -385,7 +388,8 @@ class VAE(nn.Module):
         To the first the smooth image adds its own -log p(x|z): no value, but the gradient.
         """
         pixels, codes = infer(self, x, self.encode(x))
-        guide = log_prob(Pixels(pixels.smooth, self.smooth_log_sigma, pixels.smooth), x)
+        log_sigma = torch.tensor(SMOOTH_SIGMA, device=x.device).log()
+        guide = log_prob(Pixels(pixels.smooth, log_sigma, pixels.smooth), x)
         return guide.detach() - guide - log_prob(pixels, x), total_kl(codes)
 
     @torch.no_grad()
@@ -548,7 +552,8 @@ def train(
                 fail(f"no finite loss in {place}. Lower --lr (now {args.lr:g})")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.epochs * per_epoch, args.lr)
-            optimizer.step()
+            if norm < 100 * MAX_NORM:  # one outlier's step can undo hundreds (Child 2021)
+                optimizer.step()
             with torch.no_grad():  # the average of about the last thousand steps
                 share = 1 - min(0.999, (1 + step) / (10 + step))
                 torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)

@@ -18,7 +18,7 @@ not the form. Later in training the decoder also learns to spell draws from N(0,
 verb that it is likeliest a code of.
 
     python lab4/cvae.py                           train.txt and test.txt in data/, else the sample
-    python lab4/cvae.py --convert walk --to past  also: --generate 10, --interpolate walk send
+    python lab4/cvae.py --convert carry --to past  also: --generate 10, --interpolate carry send
     python lab4/cvae.py --holdout 100             how well it turns verbs that it never saw
 
 Tables, a figure and the model go to runs/cvae/. On the course's file, six minutes on one core:
@@ -782,7 +782,7 @@ def main(argv: list[str] | None = None) -> dict:
     if not args.holdout:
         print("bleu4 is memory where the tests' verbs were trained on; --holdout 100 asks for more")
     print(f"wrote     tables, training.png, metrics.json and the model in {args.out}/")
-    command = ["python", sys.argv[0], "--out", str(args.out), "--convert", "walk", "--to", "past"]
+    command = ["python", sys.argv[0], "--out", str(args.out), "--convert", "carry", "--to", "past"]
     print(f"next      {shlex.join(command)}")
     return metrics
 

@@ -308,7 +308,7 @@ test_reliability.save_first_gradients(sys.modules[{name!r}], sys.argv[1:], os.en
 
 
 def save_first_gradients(script, words, name):
-    """Write the first step's gradients, in float32 with no dropout or noise, to gradients-<name>.pt."""
+    """The first step's gradients, in float32, without dropout or noise, in gradients-<name>.pt."""
 
     def keep(parameters, norm):
         torch.save([p.grad for p in parameters], f"gradients-{name}.pt")

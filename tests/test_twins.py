@@ -18,7 +18,15 @@ MAY_DIFFER = {
 ONLY_FACES = {"Features", "Rung", "Pixels", "cosines", "frequencies"}  # of network and likelihood
 CONSTANTS = {
     *("(SCRIPT, VERSION)", "DATA", "SOURCE", "SHAPE", "LEVELS", "LATENT_DIM", "WIDTH", "EPOCHS"),
-    *("(WIDTH, DETAIL)", "LADDER", "LEARNING_RATE", "WARMUP", "PRIOR_GAUSSIANS", "MAX_NORM"),
+    *(
+        "(WIDTH, DETAIL)",
+        "LADDER",
+        "SMOOTH_SIGMA",
+        "LEARNING_RATE",
+        "WARMUP",
+        "PRIOR_GAUSSIANS",
+        "MAX_NORM",
+    ),
     *("(ROTATE, SCALE, SHEAR, SHIFT)", "(REFINE, REFINE_RATE, REFINE_DRAWS)", "TEMPERATURE"),
     "MAX_BYTES",
 }
