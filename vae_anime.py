@@ -74,16 +74,16 @@ DATA = "anime-faces.zip"
 SOURCE = "The real anime-faces.zip is the course's file; put it into data/ beside the script"
 SHAPE = (3, 64, 64)  # channels, rows, columns
 LEVELS = 256  # every value of a byte
-LATENT_DIM = 96  # of the global code
+LATENT_DIM = 64  # of the global code
 WIDTH, DETAIL = 64, 8  # channels of the detail's network; channels of each of its codes
 SMOOTH_SIGMA = 0.15  # of the smooth image's own likelihood: the larger, the less z has to tell
 LADDER = ((8, 3), (16, 2))  # (rows and columns, codes), from coarse to fine
-PRIOR_GAUSSIANS = 4  # in the learned prior
+PRIOR_GAUSSIANS = 64  # in the learned prior
 EPOCHS = 12
 LEARNING_RATE = 2e-3
 WARMUP = 0.0  # epochs
 MAX_NORM = 3000.0  # of the gradient
-TEMPERATURE = 0.7  # of the detail in draws
+TEMPERATURE = 0.8  # of draws
 ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2016)
 IWAE_IMAGES = 100  # that its bound is taken of
 MAX_BYTES = 2**25  # of one image file, and of one unpacked image's pixels
@@ -109,15 +109,11 @@ def load_images(path: Path) -> tuple[np.ndarray, str]:
     """
     notes: dict[str, list[str]] = collections.defaultdict(list)
 
-    def read(name: str) -> bytes:
-        with archive.open(name) if archive else open(path / name, "rb") as file:
-            return file.read(MAX_BYTES)
-
-    def decode(name: str) -> tuple[bytes, np.ndarray | None]:
-        """The file's sha256 and, if it can be read, the image (3, 64, 64)."""
-        content = b""
+    def decode(name: str) -> np.ndarray | None:
+        """The image (3, 64, 64), if it can be read; anything unusual is noted."""
         try:
-            content = read(name)
+            with archive.open(name) if archive else open(path / name, "rb") as file:
+                content = file.read(MAX_BYTES)
             with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
                 if image.width * image.height * 4 > MAX_BYTES or image.mode.startswith("I"):
                     raise ValueError(f"{image.size} pixels of mode {image.mode}")  # I: 16 bits
@@ -127,11 +123,9 @@ def load_images(path: Path) -> tuple[np.ndarray, str]:
             if image.size != size:
                 notes[f"are not {size} and are resized"].append(name)
                 pixels = pixels.resize(size, Image.Resampling.BOX)
-            image = np.asarray(pixels).transpose(2, 0, 1)
+            return np.asarray(pixels).transpose(2, 0, 1)
         except Exception as error:  # zipfile and Pillow raise what the bytes lead them into
             notes["cannot be read and are left out"].append(f"{name!r} ({error})")
-            image = None
-        return hashlib.sha256(content).digest(), image
 
     with one_line(path, "Give a zip file or a folder of PNG or JPEG images"):
         archive = None if path.is_dir() else zipfile.ZipFile(path)
@@ -140,14 +134,13 @@ def load_images(path: Path) -> tuple[np.ndarray, str]:
         names = [name for name in names if name.lower().endswith((".png", ".jpg", ".jpeg"))]
         names = [name for name in names if not name.startswith("__MACOSX/")]
         with ThreadPoolExecutor() as pool:
-            digests, images = zip(*pool.map(decode, names), strict=True) if names else ((), ())
+            images = [image for image in pool.map(decode, names) if image is not None]
     for text, found in notes.items():
         print(f"warning   {path}: {len(found)} images {text}, such as {min(found)}")
-    images = [image for image in images if image is not None]
     if not images:
         fail(f"{path}: no PNG or JPEG image in it that can be read. Give a zip file or a folder")
-    content = path.read_bytes() if archive else b"".join(digests)
-    return np.stack(images), hashlib.sha256(content).hexdigest()
+    pixels = np.stack(images)
+    return pixels, hashlib.sha256(path.read_bytes() if archive else pixels.tobytes()).hexdigest()
 
 
 class Split(NamedTuple):  # uint8 images (N, C, H, W)
@@ -379,8 +372,8 @@ class VAE(nn.Module):
         return pixels, details
 
     def draw(self, count: int, temperature: float) -> Tensor:
-        """z (count, k) from p(z); the temperature is detail's, which is drawn later."""
-        return self.prior().draw(count, 1.0)
+        """z (count, k) from p(z): a quarter of the temperature's effect, detail takes all of it."""
+        return self.prior().draw(count, 0.75 + 0.25 * temperature)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction -log p(x|z, detail) and KL, (B,) each, whose gradients train all of it.
@@ -548,8 +541,7 @@ def train(
             (reconstruction + weight * kl).backward()
             norm = nn.utils.clip_grad_norm_(learned, MAX_NORM)
             if not math.isfinite(reconstruction.item() + kl.item() + norm.item()):
-                place = f"epoch {epoch + 1}, step {step + 1}"
-                fail(f"no finite loss in {place}. Lower --lr (now {args.lr:g})")
+                fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.epochs * per_epoch, args.lr)
             if norm < 100 * MAX_NORM:  # one outlier's step can undo hundreds (Child 2021)
@@ -563,11 +555,10 @@ def train(
             dist.all_reduce(sums)
         held_out, _ = evaluate(average, images.validation, args)
         if not math.isfinite(held_out["neg_elbo"]):
-            fail(f"no finite loss after epoch {epoch + 1}. Lower --lr (now {args.lr:g})")
+            fail(f"no finite loss after epoch {epoch + 1}. Lower --lr")
         row = {"epoch": epoch + 1, "kl_weight": weight}
-        trained = dict(
-            zip(("reconstruction", "kl"), (sums / (world * per_epoch)).tolist(), strict=True)
-        )
+        means = (sums / (world * per_epoch)).tolist()
+        trained = dict(zip(("reconstruction", "kl"), means, strict=True))
         for name, terms in (("train", trained), ("validation", held_out)):
             row[f"{name}_loss"] = terms["reconstruction"] + weight * terms["kl"]
             row |= {f"{name}_{key}": terms[key] for key in trained}
@@ -744,29 +735,19 @@ def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> 
             names = {f"train_{key}": "training", f"validation_{key}": "validation"}
             curves = history.set_index("epoch")[[*names]].rename(columns=names)
             late = curves[len(curves) // 20 :].to_numpy()  # the first epochs would flatten the rest
-            margin = 0.05 * (late.max() - late.min()) + 1e-6
-            limits = (late.min() - margin, late.max() + margin)
+            limits = (late.min(), late.max() + 1e-6)
             curves.plot(ax=panel, style=".-", title=title, ylabel="nats per image", ylim=limits)
 
 
-def plot_sweep(out: Path, folders: list[Path], table: pd.DataFrame) -> None:
-    """The figures of each λ in a column, and rate against distortion with a point for each."""
+def plot_sweep(path: Path, folders: list[Path]) -> None:
+    """The figures of each λ in a column."""
     rows = []
     for name in ("reconstructions", "samples", "interpolation", "posterior", "learning-curve"):
         pictures = [Image.open(folder / f"{name}.png").convert("RGB") for folder in folders]
         height = 800 * pictures[0].height // pictures[0].width
         rows.append(np.hstack([picture.resize((800, height)) for picture in pictures]))
     sheet = Image.fromarray(np.vstack(rows))
-    write_file(out / "lambda-sheet.png", partial(sheet.save, format="png"))
-    with panels(out / "rate-distortion.png", 1) as [panel]:
-        panel.plot(table["kl"], table["reconstruction"], "o-")
-        for i, row in table.iterrows():  # above and below in turn: collapsed models share a point
-            shift = (5, 4 - 14 * (i % 2))
-            point = (row["kl"], row["reconstruction"])
-            panel.annotate(f"λ = {row['lambda']:g}", point, shift, textcoords="offset points")
-        panel.set(xlabel="rate: KL (nats)", ylabel="distortion: -log p(x|codes) (nats)")
-        panel.set_xscale("symlog", linthresh=1.0)
-        panel.margins(0.15)  # room for the names
+    write_file(path, partial(sheet.save, format="png"))
 
 
 # run folder, errors, command line (much of it the same in every script) ---------------------------
@@ -1067,7 +1048,7 @@ def train_all(runs: list[Namespace]) -> dict:
     print(f"next      {shlex.join(['python', sys.argv[0], *words])}")
     if len(runs) > 1 and rank == 0:
         write_file(args.out / "sweep.csv", partial(table.to_csv, index=False, mode="wb"))
-        plot_sweep(args.out, [one.folder for one in runs], table)
+        plot_sweep(args.out / "lambda-sheet.png", [one.folder for one in runs])
     by_weight = {f"{row['lambda']:g}": row for row in metrics}
     return by_weight if len(runs) > 1 else metrics[0]
 

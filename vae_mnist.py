@@ -451,8 +451,7 @@ def train(
             (reconstruction + weight * kl).backward()
             norm = nn.utils.clip_grad_norm_(learned, MAX_NORM)
             if not math.isfinite(reconstruction.item() + kl.item() + norm.item()):
-                place = f"epoch {epoch + 1}, step {step + 1}"
-                fail(f"no finite loss in {place}. Lower --lr (now {args.lr:g})")
+                fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.epochs * per_epoch, args.lr)
             if norm < 100 * MAX_NORM:  # one outlier's step can undo hundreds (Child 2021)
@@ -466,11 +465,10 @@ def train(
             dist.all_reduce(sums)
         held_out, _ = evaluate(average, images.validation, args)
         if not math.isfinite(held_out["neg_elbo"]):
-            fail(f"no finite loss after epoch {epoch + 1}. Lower --lr (now {args.lr:g})")
+            fail(f"no finite loss after epoch {epoch + 1}. Lower --lr")
         row = {"epoch": epoch + 1, "kl_weight": weight}
-        trained = dict(
-            zip(("reconstruction", "kl"), (sums / (world * per_epoch)).tolist(), strict=True)
-        )
+        means = (sums / (world * per_epoch)).tolist()
+        trained = dict(zip(("reconstruction", "kl"), means, strict=True))
         for name, terms in (("train", trained), ("validation", held_out)):
             row[f"{name}_loss"] = terms["reconstruction"] + weight * terms["kl"]
             row |= {f"{name}_{key}": terms[key] for key in trained}
@@ -647,29 +645,19 @@ def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> 
             names = {f"train_{key}": "training", f"validation_{key}": "validation"}
             curves = history.set_index("epoch")[[*names]].rename(columns=names)
             late = curves[len(curves) // 20 :].to_numpy()  # the first epochs would flatten the rest
-            margin = 0.05 * (late.max() - late.min()) + 1e-6
-            limits = (late.min() - margin, late.max() + margin)
+            limits = (late.min(), late.max() + 1e-6)
             curves.plot(ax=panel, style=".-", title=title, ylabel="nats per image", ylim=limits)
 
 
-def plot_sweep(out: Path, folders: list[Path], table: pd.DataFrame) -> None:
-    """The figures of each λ in a column, and rate against distortion with a point for each."""
+def plot_sweep(path: Path, folders: list[Path]) -> None:
+    """The figures of each λ in a column."""
     rows = []
     for name in ("reconstructions", "samples", "interpolation", "posterior", "learning-curve"):
         pictures = [Image.open(folder / f"{name}.png").convert("RGB") for folder in folders]
         height = 800 * pictures[0].height // pictures[0].width
         rows.append(np.hstack([picture.resize((800, height)) for picture in pictures]))
     sheet = Image.fromarray(np.vstack(rows))
-    write_file(out / "lambda-sheet.png", partial(sheet.save, format="png"))
-    with panels(out / "rate-distortion.png", 1) as [panel]:
-        panel.plot(table["kl"], table["reconstruction"], "o-")
-        for i, row in table.iterrows():  # above and below in turn: collapsed models share a point
-            shift = (5, 4 - 14 * (i % 2))
-            point = (row["kl"], row["reconstruction"])
-            panel.annotate(f"λ = {row['lambda']:g}", point, shift, textcoords="offset points")
-        panel.set(xlabel="rate: KL (nats)", ylabel="distortion: -log p(x|codes) (nats)")
-        panel.set_xscale("symlog", linthresh=1.0)
-        panel.margins(0.15)  # room for the names
+    write_file(path, partial(sheet.save, format="png"))
 
 
 # run folder, errors, command line (much of it the same in every script) ---------------------------
@@ -970,7 +958,7 @@ def train_all(runs: list[Namespace]) -> dict:
     print(f"next      {shlex.join(['python', sys.argv[0], *words])}")
     if len(runs) > 1 and rank == 0:
         write_file(args.out / "sweep.csv", partial(table.to_csv, index=False, mode="wb"))
-        plot_sweep(args.out, [one.folder for one in runs], table)
+        plot_sweep(args.out / "lambda-sheet.png", [one.folder for one in runs])
     by_weight = {f"{row['lambda']:g}": row for row in metrics}
     return by_weight if len(runs) > 1 else metrics[0]
 

@@ -330,6 +330,23 @@ def measure_one_vae(script: ModuleType, run: Path) -> None:
     print(run, json.dumps(measured))
 
 
+def plot_rate_distortion(path: Path, rows: list[dict]) -> None:
+    """Rate against distortion, with a point for each λ."""
+    figure = Figure(figsize=(4, 3.4), dpi=200, layout="constrained")
+    panel, points = (
+        figure.subplots(),
+        [(m["kl"]["test"], m["reconstruction"]["test"]) for m in rows],
+    )
+    panel.plot(*zip(*points, strict=True), "o-")
+    for i, (row, point) in enumerate(zip(rows, points, strict=True)):
+        shift = (5, 4 - 14 * (i % 2))  # above and below in turn: collapsed models share a point
+        panel.annotate(f"λ = {row['lambda']:g}", point, shift, textcoords="offset points")
+    panel.set(xlabel="rate: KL (nats)", ylabel="distortion: -log p(x|codes) (nats)")
+    panel.set_xscale("symlog", linthresh=1.0)
+    panel.margins(0.15)  # room for the names
+    t.write_file(path, partial(figure.savefig, format="png"))
+
+
 @torch.no_grad()
 def measure_vae(script: ModuleType, folder: Path) -> None:
     """Measure the run of each λ in `folder`."""
@@ -341,6 +358,8 @@ def measure_vae(script: ModuleType, folder: Path) -> None:
         )
     for run in runs:
         measure_one_vae(script, run)
+    rows = sorted((read_json(run / "metrics.json") for run in runs), key=lambda row: row["lambda"])
+    plot_rate_distortion(folder / "rate-distortion.png", rows)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -225,6 +225,7 @@ def test_each_lambda_is_measured(here, script):
         assert measured["mutual_information_limit"] == pytest.approx(math.log(4))
         assert -0.1 < measured["mutual_information"] < measured["mutual_information_limit"] + 0.1
         assert Path("run", name, "aggregate-posterior.png").stat().st_size > 10_000
+    assert Path("run", "rate-distortion.png").stat().st_size > 10_000
 
 
 def test_mutual_information_of_known_posteriors():

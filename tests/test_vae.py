@@ -276,9 +276,17 @@ def test_iwae_with_one_sample_is_the_elbo_and_grows_with_more(twin):
     spread = np.hypot(np.std(bounds), elbos.std().item()) / 20
     elbo = elbos.mean().item()
     assert abs(np.mean(bounds) - elbo) < 6 * spread + 1e-3 * abs(elbo)
-    many = twin.iwae_bound(model, x, q, 300).item()
+    torch.manual_seed(1)
+    many = twin.iwae_bound(model, x, q, 64).item()
     assert many >= np.mean(bounds) - 1e-4 * abs(elbo)
-    assert abs(many - np.logaddexp.reduce(bounds) + math.log(400)) < 3 + 1e-4 * abs(elbo)
+    torch.manual_seed(1)
+    x = x.expand(64, -1, -1, -1)
+    params, [(z, q, prior), *details] = twin.infer(model, x, q.expand([64]))
+    weights = twin.log_prob(params, x) + torch_prior(prior).log_prob(z) - q.log_prob(z)
+    for code, q, p in details:
+        weights += (p.base_dist.log_prob(code) - q.base_dist.log_prob(code)).flatten(1).sum(1)
+    expected = weights.logsumexp(0).item() - math.log(64)
+    assert many == pytest.approx(expected, rel=1e-4, abs=0.1)
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -479,9 +487,7 @@ def test_sweep_compares_and_takes_finished_runs(twin, here, capsys):
     assert list(table) == ["0", "1", "100"] and table["0"] == first
     assert table["100"]["kl"]["test"] < table["1"]["kl"]["test"] < table["0"]["kl"]["test"]
     out = Path("runs", twin.SCRIPT)
-    assert {"lambda-sheet.png", "rate-distortion.png", "sweep.csv"} <= {
-        path.name for path in out.iterdir()
-    }
+    assert {"lambda-sheet.png", "sweep.csv"} <= {path.name for path in out.iterdir()}
     run(twin, "--lambda", "0", "1", "--lr", "1e-4")
     assert (out / "lambda-1.previous").is_dir()  # other settings: trained anew
 
@@ -550,7 +556,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_epoch(twin, here, monkeypatch,
         run(twin, "--out", "cut")
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1, error
-    assert "epoch 2, step 5. Lower --lr (now" in error
+    assert "epoch 2, step 5. Lower --lr" in error
     assert torch.load("cut/lambda-1/checkpoint.pt", weights_only=True)["epoch"] == 1
     assert without_seconds(run(twin, "--out", "cut", "--resume")) == without_seconds(whole)
 
