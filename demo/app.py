@@ -150,7 +150,7 @@ class Drawer:
         names = [path.parent.name.removeprefix("lambda-") for path in out.glob("*/metrics.json")]
         self.weights = sorted((n for n in names if not n.endswith(".previous")), key=float)
         self.examples = [f"{tempfile.mkdtemp()}/{number}.png" for number in range(12)]
-        images = script.load_images(SAMPLE / script.DATA)[0]
+        images = script.load_images(script.find_data(None))[0]
         for image, path in zip(images, self.examples, strict=False):
             self.picture(torch.from_numpy(image[None].copy()), 1).save(path)
 
@@ -166,9 +166,9 @@ class Drawer:
         return model, args, (directions * lengths[:, None] / len(z) ** 0.5)[:SLIDERS]
 
     def picture(self, images: torch.Tensor, columns: int) -> Image.Image:
-        """uint8 images (N, C, H, W) as one picture of some 500 pixels."""
+        """uint8 images (N, C, H, W) as one picture of some 800 pixels."""
         tiled = Image.fromarray(self.script.tile(images, columns)[1:-1, 1:-1])
-        return tiled.resize([side * (512 // tiled.width) for side in tiled.size], 0)
+        return tiled.resize([side * (800 // tiled.width) for side in tiled.size], 0)
 
     def encode(self, weight: str, path: str | None) -> tuple:
         """q(z|x) of the picture in the file, and x (1, C, H, W)."""
