@@ -652,9 +652,8 @@ def score(state: dict, labels: torch.Tensor) -> tuple[dict, torch.Tensor]:
     for member in members:
         oof[member["rows"]] += member["held_out"] / seeds
     right = (oof.argmax(-1) == labels).float()
-    accuracy = right.mean().item()
     metrics = {
-        "oof_accuracy": accuracy,
+        "oof_accuracy": (accuracy := right.mean().item()),
         "oof_accuracy_se": standard_error(accuracy, len(labels)),
         "fold_accuracy": [right[member["rows"]].mean().item() for member in members[::seeds]],
         "parameters": sum(p.numel() for p in build_model(state).parameters()),
@@ -687,7 +686,8 @@ def predict(args: argparse.Namespace) -> dict:
     lines = [args.predict]
     if os.path.isfile(args.predict):
         with one_line(f"--predict {args.predict}", "Give a text, or a file that can be read"):
-            lines = Path(args.predict).read_text("utf-8-sig", errors="replace").splitlines()
+            text = Path(args.predict).read_text("utf-8-sig", "replace").removesuffix("\n")
+            lines = text.split("\n")
     confidence, predicted = classify(models, state, lines).max(-1)
     labels = [state["classes"][i] for i in predicted]
     for label, share, line in zip(labels, confidence.tolist(), lines, strict=True):
