@@ -9,14 +9,15 @@ A global code z says what the face is. From z the decoder paints a smooth image,
 ladder of convolutional codes at 8 x 8 and 16 x 16, draws on it what a short code cannot hold:
 
     p(x, detail, z) = p(x|z, detail) Π p(detail_i | z, detail_<i) p(z)
-    log p(x) >= E q [log p(x|z, detail)] - KL(q(z|x) || p(z)) - Σ KL(q(detail_i|x) || p(detail_i))
+    log p(x) >= E q [log p(x|z, detail)] - KL(q(z|x) || p(z)) - Σ E q [KL of detail_i]
     loss      = reconstruction + λ KL, in nats per image; λ = 1 is the bound
 
 (Kingma and Welling 2014, eq. 3; ladders: Sønderby et al. 2016, Child 2021.) So that z is used, its
-smooth image is trained by a likelihood of its own, and detail starts from that image. While it
-trains, p(x|z, detail) has one learned σ for all pixels (σ-VAE, Rybkin et al. 2021); at the end each
-frequency gets its own, in closed form. The prior p(z) is a mixture of 64 Gaussians with full
-covariance, learned too and at the end fitted to the codes by EM; --prior normal makes it N(0, I).
+smooth image has a likelihood of its own, from which alone, and λ KL, z's encoder and decoder learn;
+detail starts from that image. While it trains, p(x|z, detail) has one learned σ for all pixels
+(σ-VAE, Rybkin et al. 2021); at the end each frequency gets its own, in closed form. The prior p(z)
+is a mixture of 64 Gaussians with full covariance, learned too and at the end fitted to the codes by
+EM; --prior normal makes it N(0, I).
 
     python vae_anime.py                      data/anime-faces.zip, else the bundled sample
     python vae_anime.py --lambda 0 1 50 100  one model a λ, side by side
@@ -249,8 +250,7 @@ class LearnedPrior(nn.Module):
         self.factor = nn.Parameter(torch.zeros(count, latent_dim, latent_dim), learned)
 
     def forward(self) -> Prior:
-        diagonal = self.factor.diagonal(dim1=1, dim2=2).exp()
-        A = self.factor.tril(-1) + diagonal.diag_embed()
+        A = self.factor.tril(-1) + self.factor.diagonal(dim1=1, dim2=2).exp().diag_embed()
         return Prior(self.logits.log_softmax(0), self.loc, A)
 
     @torch.no_grad()
@@ -320,7 +320,7 @@ class Pixels(NamedTuple):
     """p(x|z, detail), and the smooth image that z alone makes."""
 
     mean: Tensor  # (B, 3, 64, 64)
-    log_sigma: Tensor  # () while it trains; at the end of each frequency, (3, 64, 64)
+    log_sigma: Tensor  # of each frequency, (3, 64, 64), alike while it trains; () of one for all
     smooth: Tensor  # (B, 3, 64, 64)
 
 
@@ -332,11 +332,8 @@ class VAE(nn.Module):
         self.encoder, self.decoder = Encoder(latent_dim), Decoder(latent_dim)
         self.prior = LearnedPrior(latent_dim, learned_prior)
         self.look, self.compare = Features(3), Features(6)
-        rungs = [nn.ModuleList(Rung() for _ in range(count)) for _, count in LADDER]
-        self.ladder, self.grow = (
-            nn.ModuleList(rungs),
-            nn.Sequential(nn.Conv2d(WIDTH, 4 * WIDTH, 1), nn.PixelShuffle(2)),
-        )
+        self.ladder = nn.ModuleList(nn.ModuleList(Rung() for _ in range(n)) for _, n in LADDER)
+        self.grow = nn.Sequential(nn.Conv2d(WIDTH, 4 * WIDTH, 1), nn.PixelShuffle(2))
         half = Residual(WIDTH), *upsample(WIDTH, 32), Residual(32), nn.SiLU()  # (B, 32, 32, 32)
         self.paint = nn.Sequential(*half, *upsample(32, 3))
         nn.init.zeros_(self.paint[-2].weight)
@@ -357,7 +354,7 @@ class VAE(nn.Module):
     def decode(self, z: Tensor, x: Tensor | None = None, temperature: float = 1.0):
         """p(x|z, detail), and of each detail (code, q, p): drawn from q(·|x), without x from p."""
         with autocast(z.device):
-            smooth = (self.mean_image + self.decoder(z)).float()
+            smooth = self.mean_image + self.decoder(z)
             start = smooth.detach()  # so that detail cannot bend what z means
             features, details, h = self.look(start - 0.5), [], 0.0
             seen = {} if x is None else self.compare(torch.cat([x - 0.5, 3 * (x - start)], 1))
@@ -366,10 +363,8 @@ class VAE(nn.Module):
                 for rung in rungs:
                     h, detail = rung(h, seen.get(size), temperature)
                     details.append(detail)
-            pixels = Pixels(
-                (start + self.paint(h)).float(), self.log_sigma + self.log_spectrum, smooth
-            )
-        return pixels, details
+            painted = start + self.paint(h)
+        return Pixels(painted, self.log_sigma + self.log_spectrum, smooth), details
 
     def draw(self, count: int, temperature: float) -> Tensor:
         """z (count, k) from p(z): a quarter of the temperature's effect, detail takes all of it."""
@@ -394,9 +389,9 @@ class VAE(nn.Module):
             x = to_pixels(part.to(self.mean_image.device))
             params, _ = infer(self, x, self.encode(x))
             squares += frequencies(params.mean - x).square().sum(0).cpu()
-        self.log_spectrum.copy_(
-            0.5 * (squares / len(images)).clamp_min(1e-12).log() - self.log_sigma.cpu()
-        )
+        least = 1 / (2 * math.pi * 255**2)  # a narrower density is no bound for whole values
+        log_rms = 0.5 * (squares / len(images)).clamp_min(least).log()
+        self.log_spectrum.copy_(log_rms - self.log_sigma.cpu())
 
 
 # objective (nats per image) -----------------------------------------------------------------------
@@ -430,13 +425,10 @@ def mean(params: Pixels) -> Tensor:
 def bits_per_dim(params: Pixels, x: Tensor, kl: Tensor) -> dict[str, Tensor]:
     """The bound in bits per dimension, as it is and with one σ for all frequencies, (B,) each.
 
-    8 is log2 256, as is custom; 255 steps lie between the levels: exactly .006 less.
+    8 is log2 256, as is custom; 255 steps lie between the levels: exactly log2(256/255) less.
     """
-    square = (2 * params.log_sigma).exp().mean()  # the mean variance
-    kinds = {
-        "bits_per_dim": params,
-        "bits_per_dim_one_sigma": params._replace(log_sigma=0.5 * square.log()),
-    }
+    one = 0.5 * (2 * params.log_sigma).exp().mean().log()  # of the mean variance
+    kinds = {"bits_per_dim": params, "bits_per_dim_one_sigma": params._replace(log_sigma=one)}
     dim = math.prod(SHAPE) * math.log(2)
     return {name: (kl - log_prob(kind, x)) / dim + 8 for name, kind in kinds.items()}
 
@@ -455,7 +447,7 @@ def total_kl(codes: list) -> Tensor:
 
 @torch.no_grad()
 def fit_prior(prior: Prior, mu: Tensor, variance: Tensor) -> Prior:
-    """The prior of least mean KL from N posteriors (N, k), by EM (Dempster et al. 1977).
+    """The prior of least mean bound on the KL from N posteriors (N, k), by EM (Dempster 1977).
 
     A posterior belongs to a Gaussian by the share r = softmax(ln w - cross-entropy). Then w is the
     mean of r, m that of μ and the covariance that of σ² + (μ - m)², weighted by r. It moves towards
@@ -476,7 +468,7 @@ def fit_prior(prior: Prior, mu: Tensor, variance: Tensor) -> Prior:
         common = torch.einsum("j,jde->de", weights, covariance)
         covariance = covariance.lerp(common, (20 / (20 + size))[:, None, None])
         root, singular = torch.linalg.cholesky_ex(covariance)
-        if singular.any():  # near λ = 0 codes lie too far apart for double precision
+        if singular.any():  # near λ = 0 codes lie too far apart for float32
             break
         prior = Prior(weights.log(), m, torch.linalg.inv(root).tril())
     return prior
@@ -574,13 +566,15 @@ def refit(model: VAE, images: Split, args: Namespace) -> VAE:
     order = torch.randperm(len(images.train), generator=seed_all(len(images.train)))
     chosen = images.train[order[:8192]]
     posteriors = [model.encode(to_pixels(x.to(model.mean_image.device))) for x in chosen.split(250)]
-    fitted, prior = copy.deepcopy(model), model.prior()
+    mu = torch.cat([q.mean for q in posteriors])
+    variance = torch.cat([q.variance for q in posteriors])
+    models, priors = [model], [model.prior()]
     if args.kl_weight > 0 and args.prior == "learned":
-        mu = torch.cat([q.mean for q in posteriors])
-        prior = fit_prior(prior, mu, torch.cat([q.variance for q in posteriors]))
-    fitted.fit(prior, chosen[:2048])
-    before, after = (evaluate(m, images.validation, args)[0]["neg_elbo"] for m in (model, fitted))
-    return fitted if after < before else model
+        priors.append(fit_prior(priors[0], mu, variance))
+    for prior in priors:
+        models.append(copy.deepcopy(model))
+        models[-1].fit(prior, chosen[:2048])
+    return min(models, key=lambda m: evaluate(m, images.validation, args)[0]["neg_elbo"])
 
 
 @torch.no_grad()
@@ -601,19 +595,24 @@ def evaluate(
         again, kl = mean(params).clamp(0, 1), total_kl(codes)
         row = {"reconstruction": -log_prob(params, x), "kl": kl} | bits_per_dim(params, x, kl)
         row |= {"error": (again - x).square().flatten(1).mean(1)}
+        row |= {"neg_elbo": row["reconstruction"] + kl}
         rows.append(row | {"mu": q.mean, "variance": q.variance, "again": to_bytes(again)})
     columns = {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
     each = {name: columns.pop(name) for name in ("mu", "variance", "again")}
     scores = {name: column.double().mean().item() for name, column in columns.items()}
-    scores["neg_elbo"] = scores["reconstruction"] + scores["kl"]
+    each |= {"neg_elbo": columns["neg_elbo"]}
     scores["psnr_db"] = -10 * math.log10(max(scores.pop("error"), 1e-12))
     return scores, each
 
 
 def describe_posterior(model: VAE, mu: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """Means and variances (N, k) of q(u|x), where u is z shifted and scaled to p's mean 0, σ 1."""
-    z = model.prior().draw(10_000, 1.0).detach().cpu()
-    return (mu - z.mean(0)) / z.std(0), variance / z.var(0)
+    prior = model.prior()
+    weights, roots = prior.log_weights.exp(), torch.linalg.inv(prior.A)
+    m = weights @ prior.loc
+    spread = weights @ (roots.square().sum(2) + (prior.loc - m).square())  # (k,)
+    m, spread = m.detach().cpu(), spread.detach().cpu()
+    return (mu - m) / spread.sqrt(), variance / spread
 
 
 def score(model: VAE, images: Tensor, order: Tensor, args: Namespace) -> tuple[dict, dict]:
@@ -626,7 +625,8 @@ def score(model: VAE, images: Tensor, order: Tensor, args: Namespace) -> tuple[d
         q = gaussian(mu.to(device), variance.log().to(device))
         bounds.append(iwae_bound(model, to_pixels(x.to(device)), q, args.iwae).item())
     metrics |= {"iwae": -np.mean(bounds).item(), "iwae_samples": args.iwae}
-    metrics |= {"iwae_images": len(bounds), "temperature": args.temperature}
+    same = each["neg_elbo"][order[:IWAE_IMAGES]].mean().item()  # to compare iwae with
+    metrics |= {"iwae_images": len(bounds), "iwae_neg_elbo": same, "temperature": args.temperature}
     spread = describe_posterior(model, each["mu"], each["variance"])[0].var(0, correction=0)
     metrics |= {"active_units": int((spread > ACTIVE).sum()), "latent_dim": len(spread)}
     return metrics | {"parameters": sum(p.numel() for p in model.parameters())}, each
@@ -690,9 +690,7 @@ def plot_images(folder: Path, model: VAE, test: Tensor, each: dict, args: Namesp
         show(left, tile(real[:64], 8), f"real, λ = {args.kl_weight:g}")
         show(right, tile(again[:64], 8), "reconstructed")
     with panels(folder / "samples.png", 1) as [panel]:
-        title = (
-            f"drawn, λ = {args.kl_weight:g}, {args.prior} prior, temperature {args.temperature:g}"
-        )
+        title = f"λ = {args.kl_weight:g}, {args.prior} prior, temperature {args.temperature:g}"
         show(panel, tile(draw_samples(model, 100, args), 10), title)
     with panels(folder / "interpolation.png", 1) as [panel]:
         ends = real[: 2 * rows].unflatten(0, (rows, 2))
@@ -724,7 +722,7 @@ def plot_posterior(folder: Path, model: VAE, test: Tensor, each: dict, args: Nam
         left.set_title(f"{int((spread > ACTIVE).sum())} of {len(spread)} active, above {ACTIVE}")
         left.set(xlabel="dimension of u, sorted", ylabel="variance over images of E[u|x]")
         right.plot(nats.sort(descending=True).values)
-        right.set(xlabel="dimension of u, sorted", ylabel="KL of the marginal (nats)")
+        right.set(xlabel="dimension of u, sorted", ylabel="KL to N(0, 1) (nats)")
 
 
 def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> None:
@@ -734,7 +732,9 @@ def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> 
         for panel, (key, title) in zip(axes, titles.items(), strict=True):
             names = {f"train_{key}": "training", f"validation_{key}": "validation"}
             curves = history.set_index("epoch")[[*names]].rename(columns=names)
-            late = curves[len(curves) // 20 :].to_numpy()  # the first epochs would flatten the rest
+            late = curves[
+                len(curves) // 20 :
+            ].to_numpy()  # of 20 epochs the first flattens the rest
             limits = (late.min(), late.max() + 1e-6)
             curves.plot(ax=panel, style=".-", title=title, ylabel="nats per image", ylim=limits)
 
@@ -908,7 +908,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--lr", type=float, default=LEARNING_RATE, help="peak rate of Adam [%(default)s]")
     add = parser.add_argument_group("scores and figures").add_argument
     add("--temperature", type=float, default=TEMPERATURE, metavar="T",
-        help="what draws multiply the finest code's standard deviations by [%(default)s]")
+        help="of draws: their codes' σ are multiplied by it, faces' z a quarter [%(default)s]")
     add("--image", type=int, default=0, help="test image of posterior.png [%(default)s]")
     add("--iwae", type=int, default=64, help="samples for the IWAE bound [%(default)s]")
     args = parser.parse_args(argv)
@@ -1022,10 +1022,10 @@ def train_all(runs: list[Namespace]) -> dict:
     pixels, sha256 = load_images(find_data(args.data))
     images = split_images(pixels, args.seed, args.limit)
     print(f"images    {', '.join(f'{len(v)} {k}' for k, v in images._asdict().items())}")
-    if args.batch_size % world:
-        fail(f"--batch-size {args.batch_size}: give a multiple of the {world} processes")
     for one in runs:
         one.batch_size = min(args.batch_size, len(images.train))
+    if args.batch_size % world:
+        fail(f"--batch-size {args.batch_size}: give a multiple of the {world} processes")
     states = [load_saved(one, sha256, len(runs) > 1) for one in runs]
     if world > 1:
         dist.barrier()  # until all have read what the first one may move away

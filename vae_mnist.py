@@ -155,10 +155,7 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Warp each of the images (B, 1, 28, 28) by a random affine map within the constants' bounds.
-
-    Values stay whole, 0 to 255, so that what is made binary afterwards has no blurred edges.
-    """
+    """Warp the grey images (B, 1, 28, 28) by random affine maps within the constants' bounds."""
 
     def draw(bound: float) -> Tensor:
         return (torch.rand(len(images), generator=generator) * 2 - 1) * bound
@@ -249,8 +246,7 @@ class LearnedPrior(nn.Module):
         self.factor = nn.Parameter(torch.zeros(count, latent_dim, latent_dim), learned)
 
     def forward(self) -> Prior:
-        diagonal = self.factor.diagonal(dim1=1, dim2=2).exp()
-        A = self.factor.tril(-1) + diagonal.diag_embed()
+        A = self.factor.tril(-1) + self.factor.diagonal(dim1=1, dim2=2).exp().diag_embed()
         return Prior(self.logits.log_softmax(0), self.loc, A)
 
     @torch.no_grad()
@@ -306,8 +302,7 @@ class VAE(nn.Module):
             logits, _ = self.decode(q.rsample((REFINE_DRAWS,)).flatten(0, 1))
             again = -log_prob(logits, x.repeat(REFINE_DRAWS, 1, 1, 1)).sum() / REFINE_DRAWS
             loss = again + kl_weight * kl_divergence(q, prior).sum()
-            for one, slope in zip(learned, torch.autograd.grad(loss, learned), strict=True):
-                one.grad = slope
+            learned[0].grad, learned[1].grad = torch.autograd.grad(loss, learned)
             optimizer.param_groups[0]["lr"] = REFINE_RATE * (1 - step / REFINE)
             optimizer.step()
         return gaussian(*(one.detach() for one in learned))
@@ -316,7 +311,7 @@ class VAE(nn.Module):
         """The logits of p(x|z), (B, 1, 28, 28), and an empty list: digits have no further codes."""
         with autocast(z.device):
             start = self.mean_image.clamp(0.01, 0.99).logit()
-            return (start + self.decoder(z)).float(), []
+            return start + self.decoder(z), []
 
     def draw(self, count: int, temperature: float) -> Tensor:
         """z (count, k) from p(z), its standard deviations times the temperature."""
@@ -337,7 +332,6 @@ class VAE(nn.Module):
 
 def log_prob(params: Tensor, x: Tensor) -> Tensor:
     """log p(x|z), Bernoulli (Kingma and Welling 2014, eq. 11): logits, x (B, 1, 28, 28) -> (B,)."""
-    x = x.expand_as(params)
     return -F.binary_cross_entropy_with_logits(params, x, reduction="none").flatten(1).sum(1)
 
 
@@ -365,7 +359,7 @@ def total_kl(codes: list) -> Tensor:
 
 @torch.no_grad()
 def fit_prior(prior: Prior, mu: Tensor, variance: Tensor) -> Prior:
-    """The prior of least mean KL from N posteriors (N, k), by EM (Dempster et al. 1977).
+    """The prior of least mean bound on the KL from N posteriors (N, k), by EM (Dempster 1977).
 
     A posterior belongs to a Gaussian by the share r = softmax(ln w - cross-entropy). Then w is the
     mean of r, m that of μ and the covariance that of σ² + (μ - m)², weighted by r. It moves towards
@@ -386,7 +380,7 @@ def fit_prior(prior: Prior, mu: Tensor, variance: Tensor) -> Prior:
         common = torch.einsum("j,jde->de", weights, covariance)
         covariance = covariance.lerp(common, (20 / (20 + size))[:, None, None])
         root, singular = torch.linalg.cholesky_ex(covariance)
-        if singular.any():  # near λ = 0 codes lie too far apart for double precision
+        if singular.any():  # near λ = 0 codes lie too far apart for float32
             break
         prior = Prior(weights.log(), m, torch.linalg.inv(root).tril())
     return prior
@@ -484,13 +478,15 @@ def refit(model: VAE, images: Split, args: Namespace) -> VAE:
     order = torch.randperm(len(images.train), generator=seed_all(len(images.train)))
     chosen = images.train[order[:8192]]
     posteriors = [model.encode(to_pixels(x.to(model.mean_image.device))) for x in chosen.split(250)]
-    fitted, prior = copy.deepcopy(model), model.prior()
+    mu = torch.cat([q.mean for q in posteriors])
+    variance = torch.cat([q.variance for q in posteriors])
+    models, priors = [model], [model.prior()]
     if args.kl_weight > 0 and args.prior == "learned":
-        mu = torch.cat([q.mean for q in posteriors])
-        prior = fit_prior(prior, mu, torch.cat([q.variance for q in posteriors]))
-    fitted.fit(prior, chosen[:2048])
-    before, after = (evaluate(m, images.validation, args)[0]["neg_elbo"] for m in (model, fitted))
-    return fitted if after < before else model
+        priors.append(fit_prior(priors[0], mu, variance))
+    for prior in priors:
+        models.append(copy.deepcopy(model))
+        models[-1].fit(prior, chosen[:2048])
+    return min(models, key=lambda m: evaluate(m, images.validation, args)[0]["neg_elbo"])
 
 
 @torch.no_grad()
@@ -511,19 +507,24 @@ def evaluate(
         again, kl = mean(params).clamp(0, 1), total_kl(codes)
         row = {"reconstruction": -log_prob(params, x), "kl": kl} | bits_per_dim(params, x, kl)
         row |= {"error": (again - x).square().flatten(1).mean(1)}
+        row |= {"neg_elbo": row["reconstruction"] + kl}
         rows.append(row | {"mu": q.mean, "variance": q.variance, "again": to_bytes(again)})
     columns = {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
     each = {name: columns.pop(name) for name in ("mu", "variance", "again")}
     scores = {name: column.double().mean().item() for name, column in columns.items()}
-    scores["neg_elbo"] = scores["reconstruction"] + scores["kl"]
+    each |= {"neg_elbo": columns["neg_elbo"]}
     scores["psnr_db"] = -10 * math.log10(max(scores.pop("error"), 1e-12))
     return scores, each
 
 
 def describe_posterior(model: VAE, mu: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """Means and variances (N, k) of q(u|x), where u is z shifted and scaled to p's mean 0, σ 1."""
-    z = model.prior().draw(10_000, 1.0).detach().cpu()
-    return (mu - z.mean(0)) / z.std(0), variance / z.var(0)
+    prior = model.prior()
+    weights, roots = prior.log_weights.exp(), torch.linalg.inv(prior.A)
+    m = weights @ prior.loc
+    spread = weights @ (roots.square().sum(2) + (prior.loc - m).square())  # (k,)
+    m, spread = m.detach().cpu(), spread.detach().cpu()
+    return (mu - m) / spread.sqrt(), variance / spread
 
 
 def score(model: VAE, images: Tensor, order: Tensor, args: Namespace) -> tuple[dict, dict]:
@@ -536,7 +537,8 @@ def score(model: VAE, images: Tensor, order: Tensor, args: Namespace) -> tuple[d
         q = gaussian(mu.to(device), variance.log().to(device))
         bounds.append(iwae_bound(model, to_pixels(x.to(device)), q, args.iwae).item())
     metrics |= {"iwae": -np.mean(bounds).item(), "iwae_samples": args.iwae}
-    metrics |= {"iwae_images": len(bounds), "temperature": args.temperature}
+    same = each["neg_elbo"][order[:IWAE_IMAGES]].mean().item()  # to compare iwae with
+    metrics |= {"iwae_images": len(bounds), "iwae_neg_elbo": same, "temperature": args.temperature}
     spread = describe_posterior(model, each["mu"], each["variance"])[0].var(0, correction=0)
     metrics |= {"active_units": int((spread > ACTIVE).sum()), "latent_dim": len(spread)}
     return metrics | {"parameters": sum(p.numel() for p in model.parameters())}, each
@@ -600,9 +602,7 @@ def plot_images(folder: Path, model: VAE, test: Tensor, each: dict, args: Namesp
         show(left, tile(real[:64], 8), f"real, λ = {args.kl_weight:g}")
         show(right, tile(again[:64], 8), "reconstructed")
     with panels(folder / "samples.png", 1) as [panel]:
-        title = (
-            f"drawn, λ = {args.kl_weight:g}, {args.prior} prior, temperature {args.temperature:g}"
-        )
+        title = f"λ = {args.kl_weight:g}, {args.prior} prior, temperature {args.temperature:g}"
         show(panel, tile(draw_samples(model, 100, args), 10), title)
     with panels(folder / "interpolation.png", 1) as [panel]:
         ends = real[: 2 * rows].unflatten(0, (rows, 2))
@@ -634,7 +634,7 @@ def plot_posterior(folder: Path, model: VAE, test: Tensor, each: dict, args: Nam
         left.set_title(f"{int((spread > ACTIVE).sum())} of {len(spread)} active, above {ACTIVE}")
         left.set(xlabel="dimension of u, sorted", ylabel="variance over images of E[u|x]")
         right.plot(nats.sort(descending=True).values)
-        right.set(xlabel="dimension of u, sorted", ylabel="KL of the marginal (nats)")
+        right.set(xlabel="dimension of u, sorted", ylabel="KL to N(0, 1) (nats)")
 
 
 def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> None:
@@ -644,7 +644,9 @@ def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> 
         for panel, (key, title) in zip(axes, titles.items(), strict=True):
             names = {f"train_{key}": "training", f"validation_{key}": "validation"}
             curves = history.set_index("epoch")[[*names]].rename(columns=names)
-            late = curves[len(curves) // 20 :].to_numpy()  # the first epochs would flatten the rest
+            late = curves[
+                len(curves) // 20 :
+            ].to_numpy()  # of 20 epochs the first flattens the rest
             limits = (late.min(), late.max() + 1e-6)
             curves.plot(ax=panel, style=".-", title=title, ylabel="nats per image", ylim=limits)
 
@@ -818,7 +820,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--lr", type=float, default=LEARNING_RATE, help="peak rate of Adam [%(default)s]")
     add = parser.add_argument_group("scores and figures").add_argument
     add("--temperature", type=float, default=TEMPERATURE, metavar="T",
-        help="what draws multiply the finest code's standard deviations by [%(default)s]")
+        help="of draws: their codes' σ are multiplied by it, faces' z a quarter [%(default)s]")
     add("--image", type=int, default=0, help="test image of posterior.png [%(default)s]")
     add("--iwae", type=int, default=64, help="samples for the IWAE bound [%(default)s]")
     args = parser.parse_args(argv)
@@ -932,10 +934,10 @@ def train_all(runs: list[Namespace]) -> dict:
     pixels, sha256 = load_images(find_data(args.data))
     images = split_images(pixels, args.seed, args.limit)
     print(f"images    {', '.join(f'{len(v)} {k}' for k, v in images._asdict().items())}")
-    if args.batch_size % world:
-        fail(f"--batch-size {args.batch_size}: give a multiple of the {world} processes")
     for one in runs:
         one.batch_size = min(args.batch_size, len(images.train))
+    if args.batch_size % world:
+        fail(f"--batch-size {args.batch_size}: give a multiple of the {world} processes")
     states = [load_saved(one, sha256, len(runs) > 1) for one in runs]
     if world > 1:
         dist.barrier()  # until all have read what the first one may move away

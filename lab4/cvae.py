@@ -17,9 +17,9 @@ z does not depend on c_j, so one code has to serve all four tenses: what it hold
 not the form. Later in training the decoder also learns to spell draws from N(0, I), each as the
 verb that it is likeliest a code of.
 
-    python lab4/cvae.py                           train.txt and test.txt in data/, else the sample
+    python lab4/cvae.py                            train.txt and test.txt in data/, or the sample
     python lab4/cvae.py --convert carry --to past  also: --generate 10, --interpolate carry send
-    python lab4/cvae.py --holdout 100             how well it turns verbs that it never saw
+    python lab4/cvae.py --holdout 100              how well it turns verbs that it never saw
 
 Tables, a figure and the model go to runs/cvae/. On the course's file, six minutes on one core:
 BLEU-4 1.000, .80 of 10,000 draws are a training line; --holdout 100: .88 of unseen conversions.
