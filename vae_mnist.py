@@ -21,8 +21,8 @@ learned too and at the end fitted to the codes by EM; --prior normal makes it N(
     python vae_mnist.py --sample 100         draw digits from the finished model
     python vae_mnist.py --evaluate FILE      score it on other images
 
-Each λ leaves figures, metrics.json and the model in runs/vae_mnist/lambda-<λ>/.
-@FIGURE@
+Each λ leaves figures, metrics.json and the model in runs/vae_mnist/lambda-<λ>/. On the course's
+12,000 digits, λ = 1: 75.65 nats on test images (one thread, seed 0).
 """
 
 import argparse
@@ -448,7 +448,9 @@ def train(
                 fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.epochs * per_epoch, args.lr)
-            if norm < 100 * MAX_NORM:  # one outlier's step can undo hundreds (Child 2021)
+            if norm < 100 * MAX_NORM * (
+                1 + weight
+            ):  # an outlier's step undoes hundreds (Child 2021)
                 optimizer.step()
             with torch.no_grad():  # the average of about the last thousand steps
                 share = 1 - min(0.999, (1 + step) / (10 + step))

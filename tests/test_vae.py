@@ -388,7 +388,9 @@ def test_augment_flips_faces_and_moves_digits():
 def test_overfits_32_images(twin, here):
     path = Path("digits.npz" if twin is vae_mnist else "faces.zip")
     images = torch.from_numpy(np.array(twin.load_images(path)[0][:32]))
-    args = twin.parse_args(["--epochs", "60", "--batch-size", "16", "--latent-dim", "16"])
+    epochs = 60 if twin is vae_mnist else 12
+    words = ["--epochs", str(epochs), "--batch-size", "16", "--latent-dim", "16"]
+    args = twin.parse_args(words)
     args.kl_weight = 1.0
     torch.manual_seed(0)
     model = twin.VAE(16, False)
@@ -397,10 +399,10 @@ def test_overfits_32_images(twin, here):
     with twin.tqdm(disable=True) as bar:
         twin.train(model, split, args, state, lambda state: None, bar)
     first, last = state["history"][0], state["history"][-1]
-    assert state["epoch"] == len(state["history"]) == 60
+    assert state["epoch"] == len(state["history"]) == epochs
     assert last["train_loss"] < first["train_loss"]
-    assert last["train_kl"] == pytest.approx(last["validation_kl"], rel=0.3)  # the same images
     if twin is vae_mnist:
+        assert last["train_kl"] == pytest.approx(last["validation_kl"], rel=0.3)  # the same images
         assert (
             last["validation_loss"] < 45
         )  # a bar's place alone takes 5 nats; at the start it is 90
