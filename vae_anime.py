@@ -536,9 +536,7 @@ def train(
                 fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.epochs * per_epoch, args.lr)
-            if norm < 100 * MAX_NORM * (
-                1 + weight
-            ):  # an outlier's step undoes hundreds (Child 2021)
+            if norm < 100 * MAX_NORM * (1 + weight):  # else an outlier (Child 2021)
                 optimizer.step()
             with torch.no_grad():  # the average of about the last thousand steps
                 share = 1 - min(0.999, (1 + step) / (10 + step))
