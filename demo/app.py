@@ -33,7 +33,7 @@ import transformer
 import vae_anime
 import vae_mnist
 
-SAMPLE = ROOT / "data" / "sample"
+SAMPLE, listen = ROOT / "data" / "sample", partial(gr.on, trigger_mode="always_last")
 QUICK = {  # run: script, file of the sample, flags; a few minutes in all
     "transformer": ("transformer.py", "", "--epochs 8"),
     "vae_mnist": ("vae_mnist.py", "TibetanMNIST.npz", "--lambda 1 100 --epochs 60 --iwae 4"),
@@ -136,7 +136,7 @@ def news_tab(folder: Path) -> None:
             bars = gr.Label(shown[0], label="Probability of each class")
             outputs = [bars, gr.HTML(shown[1]), gr.HTML(shown[2])]
     events = [button.click, title.submit, title.change, head.input]
-    gr.on(events, read, [title, description, head], outputs)
+    listen(events, read, [title, description, head], outputs)
     with gr.Row():
         upload = gr.File(label="A csv to classify: Id and the text columns", type="filepath")
         upload.upload(classify_csv, upload, gr.File(label="submission.csv", interactive=False))
@@ -242,7 +242,7 @@ def vae_tab(script, out: Path, what: str) -> None:
             button = gr.Button("Draw 36", variant="primary")
         drawn = Picture(drawer.draw(start, 0, warm), label="From the prior", height=540)
     events = [button.click, seed.submit, temperature.release, weight.input]
-    gr.on(events, drawer.draw, [weight, seed, temperature], drawn)
+    listen(events, drawer.draw, [weight, seed, temperature], drawn)
     with gr.Tab("Around a picture"), gr.Row():
         first = drawer.reconstruct(start, drawer.examples[0])
         with gr.Column():
@@ -254,9 +254,9 @@ def vae_tab(script, out: Path, what: str) -> None:
             sliders = [gr.Slider(-3, 3, 0, step=0.1, label=label) for label in labels]
             posterior = gr.Plot(first[1], show_label=False)
     shown = [again, posterior, moved, *sliders]
-    gr.on([chosen.change, weight.input], drawer.reconstruct, [weight, chosen], shown)
+    listen([chosen.change, weight.input], drawer.reconstruct, [weight, chosen], shown)
     moves = [slider.input for slider in sliders]
-    gr.on(moves, drawer.around, [weight, chosen, *sliders], moved, show_progress="hidden")
+    listen(moves, drawer.around, [weight, chosen, *sliders], moved)
     with gr.Tab("From one picture to another"):
         share = gr.Slider(0, 1, 0.5, step=0.02, label="Way from the first to the second")
         with gr.Row():
@@ -264,7 +264,7 @@ def vae_tab(script, out: Path, what: str) -> None:
             middle = drawer.between(start, *drawer.examples[:2], 0.5)
             middle = Picture(middle, label="Between", height=260)
     events = [*(end.change for end in ends), share.input, weight.input]
-    gr.on(events, drawer.between, [weight, *ends, share], middle, show_progress="hidden")
+    listen(events, drawer.between, [weight, *ends, share], middle)
 
 
 def tenses_tab(folder: Path) -> None:

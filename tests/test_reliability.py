@@ -374,9 +374,11 @@ def test_one_process_killed(script, victim):
     children = Path(f"/proc/{cut.pid}/task/{cut.pid}/children").read_text().split()
     os.kill(int(next(pid for pid in children if rank_of(pid) == victim)), signal.SIGKILL)
     begin = time.monotonic()
-    _, errors = cut.communicate(timeout=60)
+    output, errors = cut.communicate(timeout=60)
     assert time.monotonic() - begin < 30
-    assert "error: another process of this run has ended" in errors and cut.returncode != 0, errors
+    said = "error: another process of this run has ended" in errors
+    stopped = "go on with: torchrun" in output  # the launcher's SIGTERM may come first
+    assert (said or stopped) and cut.returncode != 0, errors
     left_whole(script, "cut")
     assert not (checkpoint.parent / "metrics.json").exists()
     again = spread(path_of(script), script, *more, "--out", "cut", "--resume")
