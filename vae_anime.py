@@ -670,9 +670,9 @@ def tile(images: Tensor, columns: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def panels(path: Path, count: int, width: float = 4.0, height: float = 3.4) -> Iterator[list]:
+def panels(path: Path, count: int) -> Iterator[list]:
     """Panels beside each other to draw on, saved to `path` as a figure when the block ends."""
-    figure = Figure((count * width, height), dpi=200, layout="constrained")
+    figure = Figure((4 * count, 3.4), dpi=200, layout="constrained")
     yield list(figure.subplots(1, count, squeeze=False).flat)
     write_file(path, partial(figure.savefig, format="png"))
 
@@ -732,9 +732,7 @@ def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> 
         for panel, (key, title) in zip(axes, titles.items(), strict=True):
             names = {f"train_{key}": "training", f"validation_{key}": "validation"}
             curves = history.set_index("epoch")[[*names]].rename(columns=names)
-            late = curves[
-                len(curves) // 20 :
-            ].to_numpy()  # of 20 epochs the first flattens the rest
+            late = curves[len(curves) // 20 :].to_numpy()  # the first would flatten them
             limits = (late.min(), late.max() + 1e-6)
             curves.plot(ax=panel, style=".-", title=title, ylabel="nats per image", ylim=limits)
 

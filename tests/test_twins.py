@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"transformer.py": 800, "vae_mnist.py": 800, "vae_anime.py": 800, "lab4/cvae.py": 700}
-LENGTHS = (1035, 992, 1080, 791)  # to be lowered with each cut, never raised
+LENGTHS = (1035, 990, 1078, 791)  # to be lowered with each cut, never raised
 LONGEST_YET = dict(zip(SCRIPTS, LENGTHS, strict=True))
 MAY_DIFFER = {
     *("load_images", "augment", "Encoder", "Decoder", "VAE", "log_prob", "mean", "bits_per_dim")
