@@ -42,6 +42,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -55,7 +56,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from filelock import FileLock
 from matplotlib.figure import Figure
@@ -66,17 +66,18 @@ from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from sklearn.model_selection import StratifiedKFold
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.preprocessing import MultiLabelBinarizer, normalize
+from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from torchtext.vocab import Vocab, pretrained_aliases
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-VERSION = "transformer 2"  # of the checkpoint
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+VERSION = "transformer 3"  # of the checkpoint
 SOURCE = "The real train.csv and test.csv come from the Kaggle competition; put them into data/"
 LABEL_NAMES = ("category", "label", "class", "class index")
 PAD, UNK = 0, 1
-GRAMS = 3  # names under which a token is counted
 LSA_WIDTH = 32  # more dimensions tell the training texts apart, not the classes
 PARTS = 20  # of the training texts: the class evidence that one reads is counted in the others
 TOKENIZERS = ("basic_english", "spacy", "nltk", "whitespace")
@@ -92,7 +93,7 @@ class News(NamedTuple):
 
     texts: list[str]  # N + M; a text's columns are parted by tabs
     ids: list[str]  # N + M
-    labels: torch.Tensor  # (N,) index into classes
+    labels: Tensor  # (N,) index into classes
     classes: list[str]  # C labels as the file writes them
     header: tuple[str, str]  # of the submission: id and label column
     hashes: dict[str, str]  # sha256 of each file
@@ -127,7 +128,7 @@ def read_table(path: Path) -> tuple[pd.DataFrame, str]:
     return table, hashlib.sha256(content).hexdigest()
 
 
-def find_columns(columns: list[str], path: Path, args: argparse.Namespace) -> tuple:
+def find_columns(columns: list[str], path: Path, args: Namespace) -> tuple:
     """The label's column, the id's or None, and those of the text."""
     known = {name.lower(): name for name in columns}
     label = args.label_column or next((known[n] for n in LABEL_NAMES if n in known), None)
@@ -155,31 +156,28 @@ def read_texts(table: pd.DataFrame, path: Path, key: str | None, columns: list[s
     return ids, texts
 
 
-def load_news(args: argparse.Namespace) -> News:
+def load_news(args: Namespace) -> News:
     """Read train.csv and test.csv, and end the program where they cannot be learned from."""
     folder = find_data(args.data)
     bundled = args.data is None and folder.name == "sample"
     print(f"data      {folder}" + (f", the bundled sample. {SOURCE}" if bundled else ""))
+    if args.vectors is None:
+        args.vectors = str(min([*folder.glob("glove*.txt"), *folder.glob("*.vec")], default="none"))
     path, test_path = folder / "train.csv", folder / "test.csv"
     (train, train_hash), (test, test_hash) = read_table(path), read_table(test_path)
     label, key, columns = find_columns(list(train.columns), path, args)
     ids, texts = read_texts(train, path, key, columns)
     names = train[label].str.strip().tolist()
-    counts = Counter(names)
-    if args.limit and args.limit < len(names):
-        rows = np.random.default_rng(args.seed).permutation(len(names))[: args.limit]
-        ids, texts, names = (
-            [column[row] for row in sorted(rows)] for column in (ids, texts, names)
-        )
-        counts = Counter(dict.fromkeys(counts, 0) | Counter(names))  # 0: a class left out
-    rarest, fewest = counts.most_common()[-1]
-    if len(counts) < 2 or "" in counts or fewest < args.folds:
-        facts = f"{len(counts)} classes, {rarest!r} in {fewest} rows"
+    classes = sorted(set(names), key=lambda name: (not name.isdigit(), name.zfill(9)))
+    rows = sorted(np.random.default_rng(args.seed).permutation(len(ids))[: args.limit])
+    ids, texts, names = ([column[row] for row in rows] for column in (ids, texts, names))
+    counts = {name: names.count(name) for name in classes}
+    rarest = min(counts, key=counts.get)
+    if len(classes) < 2 or "" in classes or counts[rarest] < args.folds:
+        facts = f"{len(classes)} classes, {rarest!r} in {counts[rarest]} rows"
         fail(f"{path}: {label} has {facts}. Give two or more, each in --folds {args.folds} rows")
-    numeric = all(re.fullmatch(r"[+-]?\d{1,18}", name) for name in counts)
-    classes = sorted(counts, key=lambda name: (int(name), name) if numeric else name)
     test_ids, test_texts = read_texts(test, test_path, key, columns)
-    shares = ", ".join(f"{name}: {counts[name]}" for name in classes)
+    shares = ", ".join(f"{name}: {count}" for name, count in counts.items())
     print(f"rows      {len(ids)} to train on ({shares}), {len(test_ids)} to classify")
     labels = torch.tensor([classes.index(name) for name in names])
     hashes = {"train.csv": train_hash, "test.csv": test_hash}
@@ -206,43 +204,36 @@ def stem(word: str) -> str:
 
 
 class Token(NamedTuple):
-    """A lower-case word or mark, its column, from 1, and the names under which it is counted."""
+    """A lower-case word or mark, its column, from 1, and the name under which it is counted."""
 
     word: str
     column: int
-    grams: tuple[str, str, str]  # apple anywhere, =Apple as it is written, 1:apple in column 1
+    name: str  # 1:appl is apple or apples in column 1
 
 
 def split_text(text: str, columns: int, tokenize: Callable[[str], list[str]]) -> list[Token]:
     """The tokens of a text whose columns, at most `columns`, are parted by tabs."""
-    tokens = []
-    for column, part in enumerate(text.split("\t", columns - 1), 1):
-        letters = reversed(re.findall(r"[^\W\d_]+", part))  # a word counts as it first stands there
-        as_written = {word.lower(): word for word in letters}
-        for word in tokenize(part):
-            root, form = stem(word), as_written.get(word, "x")
-            capital = root.upper() if form[1:].isupper() else root.capitalize()
-            written = capital if form[0].isupper() else root  # Apple is no apple, US is not us
-            tokens.append(Token(word, column, (root, f"={written}", f"{column}:{root}")))
-    return tokens
+    parts = enumerate(text.split("\t", columns - 1), 1)
+    return [
+        Token(w, column, f"{column}:{stem(w)}") for column, part in parts for w in tokenize(part)
+    ]
 
 
 class Vocabulary(NamedTuple):
     """What turns tokens into integers."""
 
     words: dict[str, int]  # V words that have a vector; others are <unk>
-    grams: dict[str, int]  # G names whose classes are counted; others are 0
+    names: dict[str, int]  # G names whose classes are counted; others are 0
     columns: int  # of a text
     max_length: int  # tokens of a text
 
-    def encode(self, tokens: list[Token]) -> torch.Tensor:
-        """Integers (T, 2 + GRAMS): word, column and grams; no token at all is one <unk>."""
-        rows = [
-            [self.words.get(token.word, UNK), token.column]
-            + [self.grams.get(name, 0) for name in token.grams]
-            for token in tokens[: self.max_length] or [Token("", 1, ("",) * GRAMS)]
-        ]
-        return torch.tensor(rows)
+    def encode(self, tokens: list[Token]) -> Tensor:
+        """Integers (T, 3): word, column and name of each token; no token at all is one <unk>."""
+        tokens = tokens[: self.max_length] or [Token("", 1, "")]
+        find_word, find_name = self.words.get, self.names.get
+        return torch.tensor(
+            [[find_word(t.word, UNK), t.column, find_name(t.name, 0)] for t in tokens]
+        )
 
 
 def read_vectors(source: str, words: set[str], folder: Path) -> dict[str, np.ndarray]:
@@ -286,14 +277,14 @@ def cooccurrence_vectors(texts: list[list[str]], width: int) -> dict[str, np.nda
 class Inputs(NamedTuple):
     """The news as integers, and the fixed vectors that the model looks up."""
 
-    texts: list[torch.Tensor]  # N + M, each (T, 2 + GRAMS): word, column and grams of its tokens
+    texts: list[Tensor]  # N + M, each (T, 3): word, column and name of its tokens
     vocabulary: Vocabulary
-    features: torch.Tensor  # (V, F)
+    features: Tensor  # (V, F)
     coverage: float | None  # share of the tokens that have a given vector
 
 
-def prepare(args: argparse.Namespace, news: News) -> Inputs:
-    """Tokenize, look up or make the words' vectors, and number both files' words and grams."""
+def prepare(args: Namespace, news: News) -> Inputs:
+    """Tokenize, look up or make the words' vectors, and number both files' words and names."""
     tokenize = make_tokenizer(args.tokenizer)
     columns = 1 + max(text.count("\t") for text in news.texts)
     bar = tqdm(news.texts, "tokenize", disable=None, leave=False)
@@ -309,16 +300,15 @@ def prepare(args: argparse.Namespace, news: News) -> Inputs:
         print(f"vectors   {Path(args.vectors).name}: {coverage:.1%} of the tokens have one")
     known = Counter({word: counts[word] for word in vectors})
     words = Vocab(known, specials=["<pad>", "<unk>"])
-    names = Counter(gram for text in texts for token in text for gram in token.grams)
-    grams = Vocab(names, specials=["<pad>"])
+    names = Vocab(Counter(t.name for text in texts for t in text), specials=["<pad>"])
     features = torch.tensor(np.stack([vectors[word] for word in words.itos[2:]])).float()
     features = F.pad(features, (0, 0, 2, 0))  # zeros for <pad> and <unk>
     print(f"tokens    {counts.total() / len(texts):.1f} a text; {len(words)} words in all")
-    vocabulary = Vocabulary(dict(words.stoi), dict(grams.stoi), columns, args.max_length)
+    vocabulary = Vocabulary(dict(words.stoi), dict(names.stoi), columns, args.max_length)
     return Inputs([vocabulary.encode(text) for text in texts], vocabulary, features, coverage)
 
 
-def length_batches(lengths: list[int], size: int, generator: torch.Generator | None) -> list:
+def length_batches(lengths: list[int], size: int, generator: Generator | None) -> list:
     """Rows in batches of `size` texts of about one length, so that little is padded.
 
     With a generator the texts are shuffled, sorted by length within windows of 16 batches only, and
@@ -331,37 +321,37 @@ def length_batches(lengths: list[int], size: int, generator: torch.Generator | N
     parts = [sorted(part.tolist(), key=lengths.__getitem__) for part in order.split(window)]
     batches = [part[i : i + size] for part in parts for i in range(0, len(part), size)]
     if generator:
-        full = [batch for batch in batches if len(batch) == size]
-        return [full[i] for i in torch.randperm(len(full), generator=generator)]
+        batches = [batch for batch in batches if len(batch) == size]
+        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
     return batches
 
 
-def pad(texts: list[torch.Tensor]) -> torch.Tensor:
-    """Texts of several lengths -> (B, longest T, 2 + GRAMS), filled up with PAD."""
+def pad(texts: list[Tensor]) -> Tensor:
+    """Texts of several lengths -> (B, longest T, 3), filled up with PAD."""
     return pad_sequence(texts, batch_first=True, padding_value=PAD)
 
 
 def class_evidence(
-    texts: list[torch.Tensor], labels: torch.Tensor, grams: int, classes: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much more often each of `grams` stands in one class than in the others.
+    texts: list[Tensor], labels: Tensor, names: int, classes: int
+) -> tuple[Tensor, Tensor]:
+    """How much more often each of `names` stands in one class than in the others.
 
-    It is log p(gram | class), add-half smoothed, less its mean over classes (the log-count ratio of
+    It is log p(name | class), add-half smoothed, less its mean over classes (the log-count ratio of
     Wang and Manning 2012, eq. 1, for C classes). In the counts of all training texts a text would
     find its own label beside its rare words. So the texts are dealt into PARTS: of the tables
-    (1 + PARTS, grams, C) the first is for texts to come, and table p leaves part p out. Returns
+    (1 + PARTS, names, C) the first is for texts to come, and table p leaves part p out. Returns
     the tables and each training text's part (N,).
     """
-    sets = [set(text[:, 2:].flatten().tolist()) for text in texts]
-    seen = MultiLabelBinarizer(classes=range(grams), sparse_output=True).fit_transform(sets)
+    sets = [set(text[:, 2].tolist()) for text in texts]
+    seen = MultiLabelBinarizer(classes=range(names), sparse_output=True).fit_transform(sets)
     part = 1 + torch.randperm(len(texts)) % PARTS
-    tables = torch.zeros(1 + PARTS, grams, classes)
+    tables = torch.zeros(1 + PARTS, names, classes)
     for left_out in range(1 + PARTS):
         rows = (part != left_out).numpy()
         bayes = MultinomialNB(alpha=0.5).partial_fit(seen[rows], labels[rows], range(classes))
         tables[left_out] = torch.from_numpy(bayes.feature_log_prob_.T)
     tables -= tables.mean(-1, keepdim=True)
-    tables[:, 0] = 0.0  # padding, and a gram that no file has, say nothing
+    tables[:, 0] = 0.0  # padding, and a name that no file has, say nothing
     return tables, part
 
 
@@ -375,7 +365,7 @@ class Dropout(nn.Module):
         super().__init__()
         self.cut = min(round(256 * p), 255)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.cut == 0:
             return x
         words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
@@ -398,21 +388,16 @@ class EncoderLayer(nn.Module):
         self.widen, self.narrow = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, keep: torch.Tensor, return_attn: bool = False) -> tuple:
-        """x (B, T, dim), keep (B, T) true at tokens -> (B, T, dim) and, if asked for, attn_weights
-        (B, heads, T, T).
-        """
+    def forward(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, dim), keep (B, T) true at tokens -> x and attn_weights (B, heads, T, T)."""
         B, T, dim = x.shape
         qkv = self.query_key_value(self.attention_norm(x)).view(B, T, 3, self.heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, head_dim) each
-        mask, attn_weights = keep[:, None, None, :], None  # (B, 1, 1, T): padding is not looked at
-        if return_attn:
-            scores = query @ key.transpose(-1, -2) / math.sqrt(dim // self.heads)
-            attn_weights = scores.masked_fill(~mask, -math.inf).softmax(-1)  # (B, heads, T, T)
-            mixed = attn_weights @ value
-        else:
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        x = x + self.dropout(self.merge(mixed.transpose(1, 2).reshape(B, T, dim)))
+        scores = query @ key.transpose(-1, -2) / math.sqrt(dim // self.heads)
+        scores = scores.masked_fill(~keep[:, None, None], -math.inf)  # padding is not looked at
+        attn_weights = scores.softmax(-1)  # (B, heads, T, T)
+        mixed = (attn_weights @ value).transpose(1, 2).reshape(B, T, dim)
+        x = x + self.dropout(self.merge(mixed))
         hidden = self.dropout(self.activation(self.widen(self.feed_forward_norm(x))))
         return x + self.dropout(self.narrow(hidden)), attn_weights
 
@@ -425,12 +410,12 @@ class TransformerClassifier(nn.Module):
     from the model's own training texts. `settings` holds dim, heads, layers, dropout, activation.
     """
 
-    def __init__(self, features: torch.Tensor, vocabulary: Vocabulary, classes: int, settings):
+    def __init__(self, features: Tensor, vocabulary: Vocabulary, classes: int, settings: Namespace):
         super().__init__()
         dim, heads, dropout = settings.dim, settings.heads, settings.dropout
         self.register_buffer("features", features, persistent=False)
-        self.register_buffer("evidence", torch.zeros(len(vocabulary.grams), classes))
-        self.project = nn.Linear(features.shape[1] + GRAMS * classes, dim)
+        self.register_buffer("evidence", torch.zeros(len(vocabulary.names), classes))
+        self.project = nn.Linear(features.shape[1] + classes, dim)
         self.position = nn.Parameter(0.02 * torch.randn(vocabulary.max_length, dim))
         self.column = nn.Parameter(0.1 * torch.randn(vocabulary.columns + 1, dim))  # 0: padding
         layer = partial(EncoderLayer, dim, heads, dropout, settings.activation)
@@ -438,41 +423,36 @@ class TransformerClassifier(nn.Module):
         self.norm, self.classify = nn.LayerNorm(dim), nn.Linear(dim, classes)
         self.input_dropout, self.output_dropout = Dropout(0.1), Dropout(dropout)
 
-    def forward(
-        self, tokens: torch.Tensor, evidence: torch.Tensor | None = None, return_attn: bool = False
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """tokens (B, T, 2 + GRAMS) -> logits (B, C); with `return_attn` also the last layer's
-        attn_weights (B, heads, T, T). Training texts bring an `evidence` (B, T, GRAMS, C) that
-        leaves them out.
+    def forward(self, tokens: Tensor, evidence: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """tokens (B, T, 3) -> logits (B, C), and the last layer's attn_weights (B, heads, T, T).
+
+        Training texts bring an `evidence` (B, T, C) that leaves them out.
         """
-        word, column, grams = tokens[..., 0], tokens[..., 1], tokens[..., 2:]
-        evidence = self.evidence[grams] if evidence is None else evidence
-        x = torch.cat([self.features[word], evidence.flatten(2)], -1)  # (B, T, F + GRAMS * C)
+        word, column, name = tokens.unbind(-1)  # (B, T) each
+        evidence = self.evidence[name] if evidence is None else evidence
+        x = torch.cat([self.features[word], evidence], -1)  # (B, T, F + C)
         x = self.project(self.input_dropout(x)) + self.column[column]  # (B, T, dim)
         x = x + self.position[: x.shape[1]]
         for layer in self.layers:
-            x, attn_weights = layer(x, word != PAD, return_attn)
+            x, attn_weights = layer(x, word != PAD)
         inside = F.one_hot(column, len(self.column))[..., 1:].float()  # (B, T, columns)
         sizes = inside.sum(1)  # (B, columns), 0 where a text lacks one
         means = inside.transpose(1, 2) @ self.norm(x) / sizes.clamp_min(1)[..., None]
         pooled = means.sum(1) / (sizes > 0).sum(1, keepdim=True)  # (B, dim): columns count alike
-        logits = self.classify(self.output_dropout(pooled))
-        return (logits, attn_weights) if return_attn else logits
+        return self.classify(self.output_dropout(pooled)), attn_weights
 
 
 # objective ----------------------------------------------------------------------------------------
 
 
-def drop_words(tokens: torch.Tensor, p: float) -> torch.Tensor:
-    """Turn each token of (B, T, 2 + GRAMS) with probability p into <unk> with grams never seen."""
-    word, column, grams = tokens.split([1, 1, GRAMS], -1)
+def drop_words(tokens: Tensor, p: float) -> Tensor:
+    """Turn each token of (B, T, 3) with probability p into <unk> with a name never seen."""
+    word, column, name = tokens.unbind(-1)
     dropped = (torch.rand(word.shape, device=word.device) < p) & (word != PAD)
-    return torch.cat([word.masked_fill(dropped, UNK), column, grams.masked_fill(dropped, 0)], -1)
+    return torch.stack([word.masked_fill(dropped, UNK), column, name.masked_fill(dropped, 0)], -1)
 
 
-def r_drop_loss(
-    logits: torch.Tensor, labels: torch.Tensor, smoothing: float, weight: float
-) -> tuple:
+def r_drop_loss(logits: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """The training loss and its cross-entropy, in nats, averaged over the B items.
 
     logits (2B, C) hold two dropout passes over the same B items, one behind the other; labels (B,).
@@ -481,7 +461,7 @@ def r_drop_loss(
     pass, (B, C), it is the cross-entropy.
     """
     passes = len(logits) // len(labels)
-    nll = F.cross_entropy(logits, labels.repeat(passes), label_smoothing=smoothing)
+    nll = F.cross_entropy(logits, labels.repeat(passes))
     if passes == 1:
         return nll, nll
     first, second = logits.log_softmax(-1).chunk(2)  # (B, C) each
@@ -492,21 +472,11 @@ def r_drop_loss(
 # train and evaluate -------------------------------------------------------------------------------
 
 
-def start_processes(device: torch.device) -> tuple[int, int]:
-    """(rank, world size): (0, 1) alone, else of the group that torchrun started."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
 def train_member(
-    model: nn.Module, texts: list, labels: torch.Tensor, state: dict, bar: tqdm, save: Callable
+    model: nn.Module, texts: list, labels: Tensor, state: dict, bar: tqdm, save: Callable
 ) -> None:
     """Train `model`, the run's next, on `texts`, on from the last epoch that `state` holds."""
-    settings, device = argparse.Namespace(**state["settings"]), model.position.device
-    rank, world = start_processes(device)
+    settings, device = Namespace(**state["settings"]), model.position.device
     place = (settings.seed, len(state["members"]))  # tells this model's noise from the others'
     seed_all(*place)
     tables, part = class_evidence(texts, labels, *model.evidence.shape)
@@ -517,7 +487,7 @@ def train_member(
     if state["current"]:
         model.load_state_dict(current["model"])
         optimizer.load_state_dict(current["optimizer"])
-    network = DistributedDataParallel(model, forward_sync_buffers=False) if world > 1 else model
+    network = DistributedDataParallel(model, forward_sync_buffers=False) if WORLD > 1 else model
     lengths, passes = [len(text) for text in texts], 2 if settings.r_drop else 1
     size = min(settings.batch_size, len(texts))
     for epoch in range(current["epoch"], epochs):
@@ -525,23 +495,22 @@ def train_member(
         batches = length_batches(lengths, size, seed_all(*place, epoch))
         for number, batch in enumerate(batches):
             step = epoch * len(batches) + number
-            seed_all(*place, step, rank)
+            seed_all(*place, step, RANK)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, epochs * len(batches), settings.lr)
-            rows = batch[rank::world]  # this process's slice, B texts
+            rows = batch[RANK::WORLD]  # this process's slice, B texts
             y = labels[rows].to(device)  # (B,)
             x = drop_words(pad([texts[row] for row in rows] * passes), settings.word_dropout)
-            evidence = tables[part[rows * passes, None, None], x[..., 2:]]  # (…, T, GRAMS, C)
+            evidence = tables[part[rows * passes, None], x[..., 2]]  # (passes * B, T, C)
             # At this width bf16 costs a CPU more in casts than it saves.
             with autocast(device) if device.type == "cuda" else contextlib.nullcontext():
-                logits = network(x.to(device), evidence.to(device)).float()  # (passes * B, C)
-            loss, nll = r_drop_loss(logits, y, settings.label_smoothing, settings.r_drop)
+                logits, _ = network(x.to(device), evidence.to(device))  # (passes * B, C)
+            loss, nll = r_drop_loss(logits.float(), y, settings.r_drop)
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not math.isfinite(loss.item() + norm.item()):
-                where = f"loss {loss.item():g} in epoch {epoch + 1}, step {step + 1}"
-                fail(f"{where}, gradient norm {norm.item():g}. Lower --lr (now {settings.lr:g})")
+                fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
             optimizer.step()
             nll_sum += nll.item() * len(y)
             right += (logits[: len(y)].argmax(-1) == y).sum().item()
@@ -555,27 +524,27 @@ def train_member(
 
 
 @torch.no_grad()
-def predict_probabilities(model: TransformerClassifier, texts: list[torch.Tensor]) -> torch.Tensor:
+def predict_probabilities(model: TransformerClassifier, texts: list[Tensor]) -> Tensor:
     """Class probabilities (N, C) of encoded texts."""
     model.eval()
     probabilities = torch.zeros(len(texts), model.classify.out_features)
     for batch in length_batches([len(text) for text in texts], 128, None):
         x = pad([texts[row] for row in batch]).to(model.position.device)
-        probabilities[batch] = model(x).softmax(-1).cpu()
+        probabilities[batch] = model(x)[0].softmax(-1).cpu()
     return probabilities
 
 
 def build_model(state: dict, weights: dict | None = None) -> TransformerClassifier:
     """A network of the shape that a checkpoint tells, with fresh weights or those given."""
     vocabulary = Vocabulary(**state["vocabulary"])
-    settings = argparse.Namespace(**state["settings"])
+    settings = Namespace(**state["settings"])
     model = TransformerClassifier(state["features"], vocabulary, len(state["classes"]), settings)
     if weights:
         model.load_state_dict(weights)
     return model
 
 
-def open_state(args: argparse.Namespace, news: News) -> dict:
+def open_state(args: Namespace, news: News) -> dict:
     """What a checkpoint holds: with --resume that of the run in --out, else an empty one."""
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings |= {"vectors": Path(args.vectors).name} | news.hashes
@@ -585,11 +554,13 @@ def open_state(args: argparse.Namespace, news: News) -> dict:
     return {"version": VERSION, "settings": settings, "classes": news.classes} | empty
 
 
-def cross_validate(args: argparse.Namespace, news: News) -> dict:
+def cross_validate(args: Namespace, news: News) -> dict:
     """Train --seeds models on each fold's complement; they classify the fold and the test rows."""
-    rank, world = start_processes(device := pick_device(args.device))
-    if args.batch_size % world:
-        fail(f"--batch-size {args.batch_size}: give a multiple of {world}, the number of processes")
+    if args.batch_size % WORLD:
+        fail(f"--batch-size {args.batch_size}: give a multiple of the {WORLD} processes")
+    device = pick_device(args.device)
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     state, labels = open_state(args, news), news.labels
     if state["metrics"]:
         print(f"finished  {args.out} holds this run's end already")
@@ -603,7 +574,7 @@ def cross_validate(args: argparse.Namespace, news: News) -> dict:
 
     def save() -> None:
         state["seconds"] = time.monotonic() - began
-        if rank == 0:
+        if RANK == 0:
             write_file(args.out / "checkpoint.pt", partial(torch.save, state))
 
     splitter = StratifiedKFold(args.folds, shuffle=True, random_state=args.seed)
@@ -611,8 +582,8 @@ def cross_validate(args: argparse.Namespace, news: News) -> dict:
     batches = [len(rows) // min(args.batch_size, len(rows)) for rows, _ in folds]
     steps = np.repeat(batches, args.epochs).tolist()  # of each epoch of each model
     done = sum(steps[: len(state["history"])])
-    hold = open_run(args.out, args, news.hashes) if rank == 0 else contextlib.nullcontext()
-    with hold, tqdm(total=sum(steps), initial=done, unit="batch", disable=rank > 0 or None) as bar:
+    hold = open_run(args.out, args, news.hashes) if RANK == 0 else contextlib.nullcontext()
+    with hold, tqdm(total=sum(steps), initial=done, unit="batch", disable=RANK > 0 or None) as bar:
         for rows, held_out in folds[len(state["members"]) :]:
             seed_all(args.seed, len(state["members"]))
             model = build_model(state).to(device).train()
@@ -629,23 +600,18 @@ def cross_validate(args: argparse.Namespace, news: News) -> dict:
             share = (member["held_out"].argmax(-1) == labels[held_out]).float().mean()
             bar.write(f"model {len(state['members'])} of {len(folds)}: held out {share:.4f}")
         metrics, oof = score(state, labels)
-        if rank == 0:
-            leave_results(args, news, inputs, state, metrics, oof)
+        if RANK == 0:
+            leave_results(args, news, inputs.texts, state, oof)
             print(f"wrote     submission.csv; figures, tables and the model in {args.out}/")
         seconds = time.monotonic() - began
         state["metrics"] = metrics | {"vector_coverage": inputs.coverage, "seconds": seconds}
         save()
-        if rank == 0:
+        if RANK == 0:
             write_json(args.out / "metrics.json", state["metrics"])
     return state["metrics"]
 
 
-def standard_error(accuracy: float, count: int) -> float:
-    """Of a share of `count` independent items: √(p (1 - p) / n)."""
-    return math.sqrt(accuracy * (1 - accuracy) / count)
-
-
-def score(state: dict, labels: torch.Tensor) -> tuple[dict, torch.Tensor]:
+def score(state: dict, labels: Tensor) -> tuple[dict, Tensor]:
     """Metrics, and class probabilities (N, C) of each row by the models that had it held out."""
     members, seeds = state["members"], state["settings"]["seeds"]
     oof = torch.zeros(len(labels), len(state["classes"]))
@@ -654,7 +620,7 @@ def score(state: dict, labels: torch.Tensor) -> tuple[dict, torch.Tensor]:
     right = (oof.argmax(-1) == labels).float()
     metrics = {
         "oof_accuracy": (accuracy := right.mean().item()),
-        "oof_accuracy_se": standard_error(accuracy, len(labels)),
+        "oof_accuracy_se": math.sqrt(accuracy * (1 - accuracy) / len(labels)),
         "fold_accuracy": [right[member["rows"]].mean().item() for member in members[::seeds]],
         "parameters": sum(p.numel() for p in build_model(state).parameters()),
     }
@@ -663,16 +629,14 @@ def score(state: dict, labels: torch.Tensor) -> tuple[dict, torch.Tensor]:
 
 def load_finished(folder: Path) -> tuple[list[TransformerClassifier], dict]:
     """The models of the run in `folder`, and its checkpoint."""
-    path, mend = folder / "checkpoint.pt", "Train first, or name a run's folder with --out"
-    if not path.exists():
-        fail(f"{folder}: no run there. {mend}")
-    state = load_checkpoint(path, VERSION, {})
+    path = folder / "checkpoint.pt"
+    state = load_checkpoint(path, VERSION, {}) if path.exists() else {"members": []}
     if not state["members"]:
-        fail(f"{folder}: the run there has no trained model yet. Go on with it: --resume")
+        fail(f"{folder}: no trained model there. Train first, or name a run's folder with --out")
     return [build_model(state, member["weights"]) for member in state["members"]], state
 
 
-def classify(models: list[TransformerClassifier], state: dict, texts: list[str]) -> torch.Tensor:
+def classify(models: list[TransformerClassifier], state: dict, texts: list[str]) -> Tensor:
     """Class probabilities (N, C) of texts, the mean over models; a tab parts a text's columns."""
     vocabulary = Vocabulary(**state["vocabulary"])
     tokenize = make_tokenizer(state["settings"]["tokenizer"])
@@ -680,7 +644,7 @@ def classify(models: list[TransformerClassifier], state: dict, texts: list[str])
     return torch.stack([predict_probabilities(model, tokens) for model in models]).mean(0)
 
 
-def predict(args: argparse.Namespace) -> dict:
+def predict(args: Namespace) -> dict:
     """Print the class of --predict's text, or of each line of the file of that name."""
     models, state = load_finished(args.out)
     lines = [args.predict]
@@ -707,14 +671,7 @@ def save_table(columns: dict | list, path: Path) -> None:
     write_file(path, partial(table.to_csv, index=False, float_format="%.5g", mode="wb"))
 
 
-def leave_results(
-    args: argparse.Namespace,
-    news: News,
-    inputs: Inputs,
-    state: dict,
-    metrics: dict,
-    oof: torch.Tensor,
-) -> None:
+def leave_results(args: Namespace, news: News, texts: list, state: dict, oof: Tensor):
     """submission.csv where the user stands; tables and figures in --out."""
     (key, label), classes = news.header, news.classes
     test = torch.stack([member["test"] for member in state["members"]]).mean(0).argmax(-1)
@@ -726,31 +683,29 @@ def leave_results(
     table |= {f"p({name})": oof[:, i] for i, name in enumerate(classes)}
     save_table(table | {"text": news.texts[: len(oof)]}, args.out / "oof_predictions.csv")
     save_table(state["history"], args.out / "history.csv")
-    save_figure(plot_learning_curve(state["history"], metrics), args.out / "learning-curve.png")
+    accuracy = (predicted == news.labels).float().mean().item()
+    save_figure(plot_learning_curve(state["history"], accuracy), args.out / "learning-curve.png")
     confusion = plot_confusion(news.labels, predicted, classes)
     save_figure(confusion, args.out / "confusion-matrix.png")
-    draw_attention(args, news, inputs, state, oof)
+    draw_attention(args, news, texts, state, oof)
 
 
-def plot_learning_curve(history: list[dict], metrics: dict) -> Figure:
+def plot_learning_curve(history: list[dict], accuracy: float) -> Figure:
     """Training cross-entropy and accuracy of each model by epoch, and the out-of-fold accuracy."""
     figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
-    accuracy, error = metrics["oof_accuracy"], metrics["oof_accuracy_se"]
-    for panel, key in zip(figure.subplots(1, 2), ("cross_entropy", "accuracy"), strict=True):
+    units = {"cross_entropy": "cross-entropy (nats)", "accuracy": "accuracy"}
+    for panel, (key, unit) in zip(figure.subplots(1, 2), units.items(), strict=True):
         curves = pd.DataFrame(history).pivot(index="epoch", columns="model", values=key)
         panel.plot(curves, ".-", color="tab:blue", alpha=0.4, linewidth=1)
         panel.plot([], [], color="tab:blue", label=f"training, {curves.shape[1]} models")
-        panel.set_xlabel("epoch")
-        panel.set_ylabel(key if key == "accuracy" else "cross-entropy, smoothed labels (nats)")
-    panel.axhline(accuracy, color="tab:red", label=f"out of fold {accuracy:.4f} ± {error:.4f}")
-    panel.axhspan(accuracy - error, accuracy + error, color="tab:red", alpha=0.15, linewidth=0)
-    for panel in figure.axes:
-        panel.legend()
+        panel.set(xlabel="epoch", ylabel=unit)
+    panel.axhline(accuracy, color="tab:red", label=f"out of fold {accuracy:.4f}")
+    panel.legend()
     figure.suptitle("Training drops words and units; the out-of-fold texts are whole", fontsize=9)
     return figure
 
 
-def plot_confusion(labels: torch.Tensor, predicted: torch.Tensor, classes: list[str]) -> Figure:
+def plot_confusion(labels: Tensor, predicted: Tensor, classes: list[str]) -> Figure:
     """Counts of (true, predicted) class, out of fold."""
     size = 2.5 + 0.6 * len(classes)
     figure = Figure(figsize=(size + 0.6, size), dpi=150, layout="constrained")
@@ -761,53 +716,52 @@ def plot_confusion(labels: torch.Tensor, predicted: torch.Tensor, classes: list[
     return figure
 
 
-def plot_attention(words: list[str], attn_weights: torch.Tensor, title: str) -> Figure:
+def plot_attention(words: list[str], attn_weights: Tensor, title: str) -> Figure:
     """attn_weights (heads, T, T) of the last layer: their mean over heads as a map, and what each
     token receives, head by head, over the even share 1 / T.
     """
     heads, count, _ = attn_weights.shape
-    figure = Figure(figsize=(9, 10.5), dpi=150, layout="constrained")
-    top, bottom = figure.subplots(2, 1, height_ratios=(count, heads + 1.5))
-    scale = top.imshow(attn_weights.mean(0).numpy(), cmap="Blues", vmin=0)
-    top.set_yticks(range(count), words, fontsize=8, parse_math=False)
+    figure = Figure(figsize=(7, 8.5), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=9, parse_math=False)
+    top, bottom = figure.subplots(2, 1, height_ratios=(count, heads + 1.5), sharex=True)
+    scale = top.imshow(attn_weights.mean(0).numpy(), cmap="Blues", vmin=0, aspect="auto")
+    top.set_yticks(range(count), words, fontsize=7, parse_math=False)
     top.set_ylabel("token that looks")
-    figure.colorbar(scale, ax=top, label="attention, mean over heads", shrink=0.6)
-    received = torch.cat([attn_weights.mean(1), attn_weights.mean((0, 1))[None]]) * count
-    strip = bottom.imshow(received.numpy(), cmap="Oranges", vmin=0, aspect="auto")
-    bottom.set_yticks(range(heads + 1), [*(f"head {i + 1}" for i in range(heads)), "mean"])
-    figure.colorbar(strip, ax=bottom, label="received / even share", shrink=0.9)
-    for panel in (top, bottom):
-        panel.set_xticks(range(count), words, fontsize=8, rotation=90, parse_math=False)
+    figure.colorbar(scale, ax=top, label="attention, mean over heads")
+    scale = bottom.imshow(
+        attn_weights.mean(1).numpy() * count, cmap="Oranges", vmin=0, aspect="auto"
+    )
+    bottom.set_yticks(range(heads), [f"head {i + 1}" for i in range(heads)])
+    bottom.set_xticks(range(count), words, fontsize=7, rotation=90, parse_math=False)
     bottom.set_xlabel("token looked at")
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.colorbar(scale, ax=bottom, label="over even share")
     return figure
 
 
 @torch.no_grad()
 def draw_attention(
-    args: argparse.Namespace, news: News, inputs: Inputs, state: dict, oof: torch.Tensor
+    args: Namespace, news: News, texts: list[Tensor], state: dict, oof: Tensor
 ) -> None:
-    """Maps of the surest two right and two wrong predictions of texts of 12 to 40 tokens, by a
+    """Maps of the surest right and the surest wrong prediction of a text of 12 to 40 tokens, by a
     model that had the text held out. Words that are read as <unk> stand in brackets.
     """
     member_of = {row: member for member in state["members"] for row in member["rows"]}
     confidence, predicted = oof.max(-1)
     tokenize, classes = make_tokenizer(args.tokenizer), news.classes
-    short = [row for row in member_of if 12 <= len(inputs.texts[row]) <= 40]
-    short.sort(key=lambda row: -confidence[row].item())
+    short = [row for row in member_of if 12 <= len(texts[row]) <= 40]
     for kind in ("right", "wrong"):
         rows = [i for i in short if (predicted[i] == news.labels[i]) == (kind == "right")]
-        others = [i for i in rows if predicted[i] != predicted[rows[0]]]  # of another class
-        for number, row in enumerate(rows[:1] + others[:1], 1):
-            tokens, model = inputs.texts[row], build_model(state, member_of[row]["weights"]).eval()
-            _, attn_weights = model(tokens[None], return_attn=True)
-            words = split_text(news.texts[row], inputs.vocabulary.columns, tokenize)
+        for row in sorted(rows, key=lambda row: -confidence[row])[:1]:
+            tokens, model = texts[row], build_model(state, member_of[row]["weights"]).eval()
+            _, attn_weights = model(tokens[None])
+            words = split_text(news.texts[row], state["vocabulary"]["columns"], tokenize)
             pairs = zip(words, tokens[:, 0].tolist(), strict=False)
             shown = [f"[{token.word}]" if word == UNK else token.word for token, word in pairs]
             guess = f"predicted {classes[predicted[row]]} ({confidence[row]:.0%})"
             title = f"{news.header[0]} {news.ids[row]}: true {classes[news.labels[row]]}, {guess}"
-            figure = plot_attention(shown, attn_weights[0], title)
-            save_figure(figure, args.out / f"attention-{kind}-{number}.png")
+            save_figure(
+                plot_attention(shown, attn_weights[0], title), args.out / f"attention-{kind}.png"
+            )
 
 
 # run folder, errors, command line (much of it the same in every script) ---------------------------
@@ -829,7 +783,7 @@ def one_line(path: Path | str, mend: str) -> Iterator[None]:
         fail(f"{path}: {reason[:300].rstrip('.')}. {mend}")
 
 
-def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[float, float]]) -> None:
+def check_ranges(args: Namespace, ranges: dict[str, tuple[float, float]]) -> None:
     """End the program unless each argument lies between its two ends, which it may take."""
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
@@ -837,25 +791,22 @@ def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[float, float]
             fail(f"--{name.replace('_', '-')} {value}: give a number from {low:g} to {high:g}")
 
 
-def exit_on_signals(argv: list[str] | None) -> None:
+def exit_on_signals() -> None:
     """Let Ctrl-C and SIGTERM end the process at once, with the command that goes on from there."""
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-    several = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    start = several if "RANK" in os.environ else ["python"]
 
     def stop(number: int, frame) -> None:
-        print("\nstopped   go on with:", shlex.join([*start, sys.argv[0], *words, "--resume"]))
+        print("\nstopped   go on with:", shlex.join(["python", *sys.argv, "--resume"]))
         raise SystemExit(128 + number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
 
 
-def seed_all(*numbers: int) -> torch.Generator:
+def seed_all(*numbers: int) -> Generator:
     """Seed torch by the place in the run, such as (seed, epoch, step); return a generator too."""
     seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
     torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
+    return Generator().manual_seed(seed)
 
 
 def pick_device(name: str) -> torch.device:
@@ -875,14 +826,11 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def write_file(path: Path, save: Callable[[io.BytesIO], object]) -> None:
-    """Let `save` fill a buffer, and move it to `path` when it is all on disk: never half a file."""
+    """Let `save` fill a buffer, and move it to `path` when it is written: never half a file."""
     content, temporary = io.BytesIO(), path.with_name(f".{path.name}.tmp")
     save(content)
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())  # so that not even a power cut leaves half of it
+        temporary.write_bytes(content.getbuffer())
         os.replace(temporary, path)
     except OSError as error:
         fail(f"{path}: cannot be written ({error.strerror}). Make room, then add --resume")
@@ -896,16 +844,15 @@ def write_json(path: Path, value: dict) -> None:
 
 
 @contextlib.contextmanager
-def open_run(folder: Path, args: argparse.Namespace, hashes: dict[str, str]) -> Iterator[None]:
+def open_run(folder: Path, args: Namespace, hashes: dict[str, str]) -> Iterator[None]:
     """Hold the run's folder while the block lasts; a run that starts over keeps the old one."""
-    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
     previous = folder.parent / f"{folder.name}.previous"
     used = [p for p in (folder, previous) if p.is_dir() and {*p.iterdir()} - {*p.glob(".*.tmp")}]
     if folder.name in ("", "..") or not all((p / "config.json").exists() for p in used):
         fail(f"{folder}, or {previous.name}: not the folder of a run. Name another with --out")
     with one_line(folder, "Wait for the other run, or name another folder with --out"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0).acquire()
         if not args.resume and (folder / "checkpoint.pt").exists():
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
@@ -916,11 +863,9 @@ def open_run(folder: Path, args: argparse.Namespace, hashes: dict[str, str]) -> 
     git = subprocess.run(commit, capture_output=True, text=True) if shutil.which("git") else None
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     facts = {"sha256": hashes, "seed": args.seed, "commit": git and git.stdout.strip()}
-    try:
+    with lock:
         write_json(folder / "config.json", {"arguments": vars(args), "versions": versions} | facts)
         yield
-    finally:
-        lock.release()
 
 
 def load_checkpoint(path: Path, version: str, settings: dict) -> dict:
@@ -947,12 +892,12 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 NOT_SETTINGS = ("data", "out", "resume", "device", "predict")  # what --resume may change
 COUNTS = ("limit", "max_length", "layers", "heads", "dim", "seeds", "epochs", "batch_size")
 RANGES = dict.fromkeys(COUNTS, (1, math.inf)) | {"seed": (0, 2**32 - 1), "folds": (2, math.inf)}
-RANGES |= dict.fromkeys(("dropout", "word_dropout", "label_smoothing"), (0, 0.999))
+RANGES |= dict.fromkeys(("dropout", "word_dropout"), (0, 0.999))
 RANGES |= {"lr": (1e-12, 1e6), "weight_decay": (0, 1e6), "r_drop": (0, 1e6)}
 
 
 # fmt: off
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(description="Classify news texts with a Transformer encoder "
                                      "trained from scratch. Defaults stand in [brackets].")
     parser.error = fail  # a mistake is one line here as everywhere
@@ -989,7 +934,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=1e-3, help="peak learning rate; sgd wants 0.1 [%(default)s]")
     add("--weight-decay", type=float, default=0.01, help="of the weights [%(default)s]")
     add("--word-dropout", type=float, default=0.3, help="words read as <unk> [%(default)s]")
-    add("--label-smoothing", type=float, default=0.1, help="spread over all classes [%(default)s]")
     add("--r-drop", type=float, default=1.0, help="weight of two passes' KL; 0: one [%(default)s]")
     args = parser.parse_args(argv)
     check_ranges(args, RANGES)
@@ -1003,32 +947,19 @@ def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` and return the final metrics."""
     if hasattr(sys.stdout, "reconfigure"):  # a ± is no reason to stop where the terminal has none
         sys.stdout.reconfigure(errors="backslashreplace")
-    exit_on_signals(argv)
+    exit_on_signals()
     args = parse_args(argv)
-    if args.predict is not None:
-        return predict(args)
-    quiet = io.StringIO() if int(os.environ.get("RANK", 0)) else sys.stdout
-    try:
-        with contextlib.redirect_stdout(quiet):  # of several processes the first one speaks
-            if args.vectors is None:
-                beside = find_data(args.data)
-                found = [*beside.glob("glove*.txt"), *beside.glob("*.vec")]
-                args.vectors = str(min(found, default="none"))
-            metrics = cross_validate(args, load_news(args))
-            accuracy, error = metrics["oof_accuracy"], metrics["oof_accuracy_se"]
-            print(f"accuracy  {accuracy:.4f} ± {error:.4f} (standard error), out of fold")
-            print(
-                "next      kaggle competitions submit COMPETITION -f submission.csv -m Transformer"
-            )
-            print(f'          or python {sys.argv[0]} --out {args.out} --predict "your text"')
-            return metrics
-    except RuntimeError as error:  # gloo and NCCL raise it where a connection is lost
-        if not dist.is_initialized():
-            raise
-        fail(f"another process of this run has ended, or: {error}. Go on with --resume")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with contextlib.redirect_stdout(io.StringIO() if RANK else sys.stdout):  # the first one speaks
+        if args.predict is not None:
+            return predict(args)
+        metrics = cross_validate(args, load_news(args))
+        accuracy, error = metrics["oof_accuracy"], metrics["oof_accuracy_se"]
+        print(f"accuracy  {accuracy:.4f} ± {error:.4f} (standard error), out of fold")
+        print("next      kaggle competitions submit COMPETITION -f submission.csv -m Transformer")
+        print(f'          or python {sys.argv[0]} --out {args.out} --predict "your text"')
+    if WORLD > 1:
+        dist.destroy_process_group()
+    return metrics
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ faces, λ = 1: 3.841 bits/dim (4.841 with one σ), 34.6 dB on test images (one t
 """
 
 import argparse
-import collections
 import contextlib
 import copy
 import hashlib
@@ -60,17 +59,17 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
+import torch.distributions as D
 import torch.nn.functional as F
 from filelock import FileLock
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, Normal
-from torch.distributions.kl import kl_divergence, register_kl
+from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-SCRIPT, VERSION = "vae_anime", "vae_anime 3"  # the checkpoint's; count up with the network
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+SCRIPT, VERSION = "vae_anime", "vae_anime 4"  # the checkpoint's; count up with the network
 DATA = "anime-faces.zip"
 SOURCE = "The real anime-faces.zip is the course's file; put it into data/ beside the script"
 SHAPE = (3, 64, 64)  # channels, rows, columns
@@ -105,60 +104,48 @@ def find_data(given: Path | None) -> Path:
 def load_images(path: Path) -> tuple[np.ndarray, str]:
     """All PNG and JPEG images of a zip file or a folder, uint8 (N, 3, 64, 64), and their sha256.
 
-    What cannot be read is left out, what is not RGB or 64 x 64 is converted, each counted in a
-    line. Nothing is unpacked to a path.
+    Each becomes RGB of 64 x 64. What cannot be read is left out, and counted in a line. Nothing is
+    unpacked to a path.
     """
-    notes: dict[str, list[str]] = collections.defaultdict(list)
+    unread = []
 
     def decode(name: str) -> np.ndarray | None:
-        """The image (3, 64, 64), if it can be read; anything unusual is noted."""
+        """The image (3, 64, 64), if it can be read."""
         try:
             with archive.open(name) if archive else open(path / name, "rb") as file:
                 content = file.read(MAX_BYTES)
             with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
                 if image.width * image.height * 4 > MAX_BYTES or image.mode.startswith("I"):
                     raise ValueError(f"{image.size} pixels of mode {image.mode}")  # I: 16 bits
-                pixels, size = image.convert("RGB"), SHAPE[:0:-1]
-            if image.mode != "RGB":
-                notes["are not RGB and are converted"].append(name)
-            if image.size != size:
-                notes[f"are not {size} and are resized"].append(name)
-                pixels = pixels.resize(size, Image.Resampling.BOX)
+                pixels = image.convert("RGB").resize(SHAPE[:0:-1], Image.Resampling.BOX)
             return np.asarray(pixels).transpose(2, 0, 1)
         except Exception as error:  # zipfile and Pillow raise what the bytes lead them into
-            notes["cannot be read and are left out"].append(f"{name!r} ({error})")
+            unread.append(f"{name!r} ({error})")
 
     with one_line(path, "Give a zip file or a folder of PNG or JPEG images"):
         archive = None if path.is_dir() else zipfile.ZipFile(path)
         files = archive.namelist() if archive else path.rglob("*")
         names = sorted(str(name if archive else name.relative_to(path)) for name in files)
         names = [name for name in names if name.lower().endswith((".png", ".jpg", ".jpeg"))]
-        names = [name for name in names if not name.startswith("__MACOSX/")]
         with ThreadPoolExecutor() as pool:
             images = [image for image in pool.map(decode, names) if image is not None]
-    for text, found in notes.items():
-        print(f"warning   {path}: {len(found)} images {text}, such as {min(found)}")
-    if not images:
-        fail(f"{path}: no PNG or JPEG image in it that can be read. Give a zip file or a folder")
+        if not images:
+            raise ValueError("no PNG or JPEG image in it that can be read")
+    if unread:
+        print(f"warning   {path}: {len(unread)} images cannot be read, such as {min(unread)}")
     pixels = np.stack(images)
     return pixels, hashlib.sha256(path.read_bytes() if archive else pixels.tobytes()).hexdigest()
 
 
-class Split(NamedTuple):  # uint8 images (N, C, H, W)
-    train: Tensor  # for the weights
-    validation: Tensor  # for a look during training
-    test: Tensor  # for the end
-
-
-def split_images(images: np.ndarray, seed: int, limit: int | None) -> Split:
+def split_images(images: np.ndarray, seed: int, limit: int | None) -> dict[str, Tensor]:
     """Deal at most `limit` images at random: 80% for training, 10% and 10%, or 5,000 if fewer."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:limit]
+    order = torch.randperm(len(images), generator=Generator().manual_seed(seed))[:limit]
     if len(order) < 20:
         fail(f"{len(order)} images are too few to split. Give 20 or more")
     tenth = min(len(order) // 10, 5000)
     parts = order.split([tenth, tenth, len(order) - 2 * tenth])
     test, validation, train = (torch.from_numpy(images[rows.numpy()]) for rows in parts)
-    return Split(train, validation, test)
+    return {"train": train, "validation": validation, "test": test}
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -167,7 +154,7 @@ def to_pixels(images: Tensor) -> Tensor:
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, generator: Generator) -> Tensor:
     """Mirror each of the images (B, 3, 64, 64) with probability ½."""
     mirrored = torch.rand(len(images), generator=generator) < 0.5
     return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
@@ -193,91 +180,101 @@ def upsample(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
     return nn.Conv2d(inputs, 4 * outputs, 3, padding=1), nn.PixelShuffle(2)
 
 
-def gaussian(mu: Tensor, logvar: Tensor) -> Independent:
+def gaussian(mu: Tensor, logvar: Tensor) -> D.Independent:
     """N(μ, diag σ²) of a batch, in float32; σ near 0 would make a KL that ends the training."""
     scale = (0.5 * logvar.float().clamp(-10.0, 5.0)).exp()
-    return Independent(Normal(mu.float(), scale, validate_args=False), mu.dim() - 1)
+    return D.Independent(D.Normal(mu.float(), scale, validate_args=False), mu.dim() - 1)
 
 
-class Prior(Distribution):
-    """p(z) = Σ w N(m, (AᵀA)⁻¹) over K Gaussians; each A is lower triangular, its diagonal > 0."""
-
-    def __init__(self, log_weights: Tensor, mean: Tensor, A: Tensor):  # (K,), (K, k), (K, k, k)
-        super().__init__(event_shape=mean.shape[1:], validate_args=False)
-        self.log_weights, self.loc, self.A = log_weights, mean, A
-
-    def cross_entropy(self, mu: Tensor, variance: Tensor) -> Tensor:
-        """E[-log N_j(z)] for z from N(μ, diag variance), (B, k) -> (B, K).
-
-        ½ (‖A (μ - m)‖² + tr(A diag σ² Aᵀ) + k ln 2π) - ln det A.
-        """
-        offset = mu[:, None] - self.loc  # (B, K, k)
-        distance = torch.einsum("bjd,jed->bje", offset, self.A).square().sum(-1)  # (B, K)
-        trace = variance @ self.A.square().sum(1).T  # (B, K)
-        log_det = self.A.diagonal(dim1=1, dim2=2).log().sum(-1)  # (K,)
-        return 0.5 * (distance + trace + mu.shape[1] * math.log(2 * math.pi)) - log_det
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """(B, k) -> (B,)."""
-        return (self.log_weights - self.cross_entropy(z, torch.zeros_like(z))).logsumexp(1)
-
-    def draw(self, count: int, temperature: float) -> Tensor:
-        """(count, k), each Gaussian's standard deviations times `temperature`."""
-        j = Categorical(logits=self.log_weights).sample((count,))
-        noise = temperature * torch.randn(count, self.loc.shape[1], 1).to(self.A)
-        return self.loc[j] + torch.linalg.solve_triangular(self.A[j], noise, upper=False)[..., 0]
-
-
-@register_kl(Independent, Prior)
-def kl_to_mixture(q: Independent, prior: Prior) -> Tensor:
-    """KL(q ‖ p(z)), (B,); to a mixture an upper bound, so that the ELBO holds.
-
-    -ln Σ w exp(-cross-entropy) is above E[-log p(z)], since ln Σ exp is convex (Jensen).
-    """
-    joint = prior.log_weights - prior.cross_entropy(q.mean, q.variance)
-    return -joint.logsumexp(1) - q.entropy()
-
-
-class LearnedPrior(nn.Module):
-    """The parameters of p(z); or, not `learned`, N(0, I)."""
+class Prior(nn.Module):
+    """p(z) = Σ w N(m, (AᵀA)⁻¹) of K Gaussians, each A lower triangular; not `learned`, N(0, I)."""
 
     def __init__(self, latent_dim: int, learned: bool):
         super().__init__()
         count = PRIOR_GAUSSIANS if learned else 1
-        means = torch.randn(count, latent_dim) if count > 1 else torch.zeros(1, latent_dim)
+        means = torch.randn(count, latent_dim) if learned else torch.zeros(1, latent_dim)
         self.logits = nn.Parameter(torch.zeros(count), learned)
         self.loc = nn.Parameter(means, learned)
+        # A, but on its diagonal the logarithm
         self.factor = nn.Parameter(torch.zeros(count, latent_dim, latent_dim), learned)
 
-    def forward(self) -> Prior:
-        A = self.factor.tril(-1) + self.factor.diagonal(dim1=1, dim2=2).exp().diag_embed()
-        return Prior(self.logits.log_softmax(0), self.loc, A)
+    @property
+    def A(self) -> Tensor:
+        """(K, k, k)."""
+        return self.factor.tril(-1) + self.factor.diagonal(dim1=1, dim2=2).exp().diag_embed()
+
+    def log_joint(self, mu: Tensor, variance: Tensor) -> Tensor:
+        """ln w_j + E[ln N_j(z)] for z from N(μ, diag variance), (B, k) -> (B, K).
+
+        E[-ln N_j(z)] = ½ (‖A (μ - m)‖² + tr(A diag σ² Aᵀ) + k ln 2π) - ln det A.
+        """
+        A, offset = self.A, mu[:, None] - self.loc  # (B, K, k)
+        distance = torch.einsum("bjd,jed->bje", offset, A).square().sum(-1)  # (B, K)
+        trace = variance @ A.square().sum(1).T  # (B, K)
+        log_det = self.factor.diagonal(dim1=1, dim2=2).sum(-1)  # (K,)
+        cross_entropy = 0.5 * (distance + trace + mu.shape[1] * math.log(2 * math.pi)) - log_det
+        return self.logits.log_softmax(0) - cross_entropy
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """(B, k) -> (B,)."""
+        return self.log_joint(z, torch.zeros_like(z)).logsumexp(1)
 
     @torch.no_grad()
-    def set(self, prior: Prior) -> None:
-        self.logits.copy_(prior.log_weights)
-        self.loc.copy_(prior.loc)
-        self.factor.copy_(prior.A.tril(-1) + prior.A.diagonal(dim1=1, dim2=2).log().diag_embed())
+    def draw(self, count: int, temperature: float) -> Tensor:
+        """(count, k), each Gaussian's standard deviations times `temperature`."""
+        j = D.Categorical(logits=self.logits).sample((count,))
+        noise = temperature * torch.randn(count, self.loc.shape[1], 1).to(self.loc)
+        return self.loc[j] + torch.linalg.solve_triangular(self.A[j], noise, upper=False)[..., 0]
+
+    @torch.no_grad()
+    def fit(self, mu: Tensor, variance: Tensor) -> None:
+        """Lower the mean bound on the KL from N posteriors (N, k), by EM (Dempster et al. 1977).
+
+        A posterior belongs to a Gaussian by the share r = softmax(log_joint). Then w is the mean of
+        r, m that of μ and the covariance that of σ² + (μ - m)², weighted by r. It moves towards the
+        mean covariance as by 20 posteriors of it: one with few of its own keeps its breadth.
+        """
+        for _ in range(30):
+            share = self.log_joint(mu, variance).softmax(1)  # (N, K)
+            size = share.sum(0) + 1e-9  # (K,)
+            weights, m = size / size.sum(), share.T @ mu / size[:, None]
+            covariance = (share.T @ variance / size[:, None]).diag_embed()  # (K, k, k)
+            for j, r in enumerate(share.T):
+                covariance[j] += ((mu - m[j]) * r[:, None]).T @ (mu - m[j]) / size[j]
+            common = torch.einsum("j,jde->de", weights, covariance)
+            covariance = covariance.lerp(common, (20 / (20 + size))[:, None, None])
+            root, singular = torch.linalg.cholesky_ex(covariance)
+            if singular.any():  # near λ = 0 codes lie too far apart for float32
+                break
+            A = torch.linalg.inv(root).tril()
+            self.logits.copy_(weights.log())
+            self.loc.copy_(m)
+            self.factor.copy_(A.tril(-1) + A.diagonal(dim1=1, dim2=2).log().diag_embed())
 
 
-class Encoder(nn.Sequential):
+@D.register_kl(D.Independent, Prior)
+def kl_to_mixture(q: D.Independent, prior: Prior) -> Tensor:
+    """KL(q ‖ p(z)), (B,); to a mixture an upper bound, so that the ELBO holds.
+
+    -ln Σ w exp(E[ln N]) is above E[-ln p(z)], since ln Σ exp is convex (Jensen).
+    """
+    return -prior.log_joint(q.mean, q.variance).logsumexp(1) - q.entropy()
+
+
+def encoder(latent_dim: int) -> nn.Sequential:
     """x (B, 3, 64, 64) -> mu and logvar of q(z|x) beside each other, (B, 2k)."""
-
-    def __init__(self, latent_dim: int):
-        quarter = nn.Conv2d(3, 32, 4, 4), Residual(32), Residual(32)  # (B, 32, 16, 16)
-        eighth = nn.Conv2d(32, 64, 4, 2, 1), Residual(64), Residual(64)  # (B, 64, 8, 8)
-        codes = nn.SiLU(), nn.Flatten(), nn.Linear(64 * 64, 2 * latent_dim)
-        super().__init__(*quarter, *eighth, *codes)
+    quarter = nn.Conv2d(3, 32, 4, 4), Residual(32), Residual(32)  # (B, 32, 16, 16)
+    eighth = nn.Conv2d(32, 64, 4, 2, 1), Residual(64), Residual(64)  # (B, 64, 8, 8)
+    codes = nn.SiLU(), nn.Flatten(), nn.Linear(64 * 64, 2 * latent_dim)
+    return nn.Sequential(*quarter, *eighth, *codes)
 
 
-class Decoder(nn.Sequential):
+def decoder(latent_dim: int) -> nn.Sequential:
     """z (B, k) -> what it adds to the mean image, (B, 3, 64, 64)."""
-
-    def __init__(self, latent_dim: int):
-        eighth = nn.Linear(latent_dim, 64 * 64), nn.Unflatten(1, (64, 8, 8))
-        quarter = Residual(64), Residual(64), *upsample(64, 32)  # (B, 32, 16, 16)
-        half = Residual(32), Residual(32), *upsample(32, 16), nn.SiLU()  # (B, 16, 32, 32)
-        super().__init__(*eighth, *quarter, *half, *upsample(16, 3))
+    eighth = nn.Linear(latent_dim, 64 * 64), nn.Unflatten(1, (64, 8, 8))
+    quarter = Residual(64), Residual(64), *upsample(64, 32)  # (B, 32, 16, 16)
+    half = Residual(32), Residual(32), *upsample(32, 16), nn.SiLU()  # (B, 16, 32, 32)
+    return nn.Sequential(*eighth, *quarter, *half, *upsample(16, 3))
 
 
 class Features(nn.Module):
@@ -317,11 +314,30 @@ class Rung(nn.Module):
 
 
 class Pixels(NamedTuple):
-    """p(x|z, detail), and the smooth image that z alone makes."""
+    """p(x|z, detail), Gaussian in the frequencies of x, and the smooth image that z alone makes."""
 
     mean: Tensor  # (B, 3, 64, 64)
     log_sigma: Tensor  # of each frequency, (3, 64, 64), alike while it trains; () of one for all
     smooth: Tensor  # (B, 3, 64, 64)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x|z, detail) of x (B, 3, 64, 64), (B,) (Kingma and Welling 2014, eq. 12)."""
+        scaled = frequencies(self.mean - x) * (-self.log_sigma).exp()
+        constant = 0.5 * math.prod(SHAPE) * math.log(2 * math.pi)
+        return (
+            -0.5 * scaled.square().flatten(1).sum(1) - self.log_sigma.expand(SHAPE).sum() - constant
+        )
+
+
+def frequencies(images: Tensor) -> Tensor:
+    """The discrete cosine transform over colours, rows and columns of images (B, 3, 64, 64)."""
+    transforms = []  # orthonormal, a frequency a row (Ahmed et al. 1974)
+    for size in SHAPE[:2]:
+        place, frequency = torch.arange(size) + 0.5, torch.arange(size)[:, None]
+        rows = (math.pi / size * frequency * place).cos() * math.sqrt(2 / size)
+        transforms.append(torch.cat([rows[:1] / math.sqrt(2), rows[1:]]).to(images))
+    colours, places = transforms
+    return places @ torch.einsum("bchw,dc->bdhw", images, colours) @ places.T
 
 
 class VAE(nn.Module):
@@ -329,8 +345,8 @@ class VAE(nn.Module):
 
     def __init__(self, latent_dim: int, learned_prior: bool):
         super().__init__()
-        self.encoder, self.decoder = Encoder(latent_dim), Decoder(latent_dim)
-        self.prior = LearnedPrior(latent_dim, learned_prior)
+        self.encoder, self.decoder = encoder(latent_dim), decoder(latent_dim)
+        self.prior = Prior(latent_dim, learned_prior)
         self.look, self.compare = Features(3), Features(6)
         self.ladder = nn.ModuleList(nn.ModuleList(Rung() for _ in range(n)) for _, n in LADDER)
         self.grow = nn.Sequential(nn.Conv2d(WIDTH, 4 * WIDTH, 1), nn.PixelShuffle(2))
@@ -338,16 +354,16 @@ class VAE(nn.Module):
         self.paint = nn.Sequential(*half, *upsample(32, 3))
         nn.init.zeros_(self.paint[-2].weight)
         self.log_sigma = nn.Parameter(torch.tensor(-1.5))
-        self.register_buffer("log_spectrum", torch.zeros(SHAPE))
+        self.register_buffer("squares", torch.ones(SHAPE))  # mean squared error by frequency
         self.register_buffer("mean_image", torch.zeros(SHAPE))
         self.to(memory_format=torch.channels_last)
 
-    def encode(self, x: Tensor) -> Independent:
+    def encode(self, x: Tensor) -> D.Independent:
         """q(z|x) of x (B, 3, 64, 64) in [0, 1]."""
         with autocast(x.device):
             return gaussian(*self.encoder(x - self.mean_image).chunk(2, 1))
 
-    def posterior(self, x: Tensor, kl_weight: float) -> Independent:
+    def posterior(self, x: Tensor, kl_weight: float) -> D.Independent:
         """q(z|x) as it is scored and shown."""
         return self.encode(x)
 
@@ -364,11 +380,13 @@ class VAE(nn.Module):
                     h, detail = rung(h, seen.get(size), temperature)
                     details.append(detail)
             painted = start + self.paint(h)
-        return Pixels(painted, self.log_sigma + self.log_spectrum, smooth), details
+        least = 1 / (2 * math.pi * 255**2)  # a narrower density is no bound for whole values
+        spectrum = 0.5 * self.squares.clamp_min(least).log()
+        return Pixels(painted, self.log_sigma if self.training else spectrum, smooth), details
 
     def draw(self, count: int, temperature: float) -> Tensor:
         """z (count, k) from p(z): a quarter of the temperature's effect, detail takes all of it."""
-        return self.prior().draw(count, 0.75 + 0.25 * temperature)
+        return self.prior.draw(count, 0.75 + 0.25 * temperature)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction -log p(x|z, detail) and KL, (B,) each, whose gradients train all of it.
@@ -376,156 +394,73 @@ class VAE(nn.Module):
         To the first the smooth image adds its own -log p(x|z): no value, but the gradient.
         """
         pixels, codes = infer(self, x, self.encode(x))
+        squares = frequencies(pixels.mean - x).detach().square().mean(0)
+        self.squares.lerp_(squares, 0.01)  # of about the last hundred steps
         log_sigma = torch.tensor(SMOOTH_SIGMA, device=x.device).log()
-        guide = log_prob(Pixels(pixels.smooth, log_sigma, pixels.smooth), x)
-        return guide.detach() - guide - log_prob(pixels, x), total_kl(codes)
-
-    @torch.no_grad()
-    def fit(self, prior: Prior, images: Tensor) -> None:
-        """Set the prior, and σ of each frequency to its root mean squared error on `images`."""
-        self.prior.set(prior)
-        squares = torch.zeros(SHAPE)
-        for part in images.split(250):
-            x = to_pixels(part.to(self.mean_image.device))
-            params, _ = infer(self, x, self.encode(x))
-            squares += frequencies(params.mean - x).square().sum(0).cpu()
-        least = 1 / (2 * math.pi * 255**2)  # a narrower density is no bound for whole values
-        log_rms = 0.5 * (squares / len(images)).clamp_min(least).log()
-        self.log_spectrum.copy_(log_rms - self.log_sigma.cpu())
+        guide = pixels._replace(mean=pixels.smooth, log_sigma=log_sigma).log_prob(x)
+        return guide.detach() - guide - pixels.log_prob(x), total_kl(codes)
 
 
 # objective (nats per image) -----------------------------------------------------------------------
 
 
-def cosines(size: int) -> Tensor:
-    """The orthonormal discrete cosine transform, a frequency a row (Ahmed et al. 1974)."""
-    place, frequency = torch.arange(size) + 0.5, torch.arange(size)[:, None]
-    rows = (math.pi / size * frequency * place).cos() * math.sqrt(2 / size)
-    return torch.cat([rows[:1] / math.sqrt(2), rows[1:]])
-
-
-def frequencies(images: Tensor) -> Tensor:
-    """The cosine transform over colours, rows and columns of images (B, 3, 64, 64)."""
-    colours, places = cosines(SHAPE[0]).to(images), cosines(SHAPE[1]).to(images)
-    return places @ torch.einsum("bchw,dc->bdhw", images, colours) @ places.T
-
-
-def log_prob(params: Pixels, x: Tensor) -> Tensor:
-    """log p(x|z, detail), Gaussian (eq. 12) in frequencies, x (B, 3, 64, 64) -> (B,)."""
-    scaled = frequencies(params.mean - x) * (-params.log_sigma).exp()
-    log_det = params.log_sigma.expand(SHAPE).sum() + 0.5 * math.prod(SHAPE) * math.log(2 * math.pi)
-    return -0.5 * scaled.square().flatten(1).sum(1) - log_det
-
-
-def mean(params: Pixels) -> Tensor:
-    """E[x|z, detail]."""
-    return params.mean
-
-
-def bits_per_dim(params: Pixels, x: Tensor, kl: Tensor) -> dict[str, Tensor]:
+def bits_per_dim(pixels: Pixels, x: Tensor, kl: Tensor) -> dict[str, Tensor]:
     """The bound in bits per dimension, as it is and with one σ for all frequencies, (B,) each.
 
     8 is log2 256, as is custom; 255 steps lie between the levels: exactly log2(256/255) less.
     """
-    one = 0.5 * (2 * params.log_sigma).exp().mean().log()  # of the mean variance
-    kinds = {"bits_per_dim": params, "bits_per_dim_one_sigma": params._replace(log_sigma=one)}
+    one = 0.5 * (2 * pixels.log_sigma).exp().mean().log()  # of the mean variance
+    kinds = {"bits_per_dim": pixels, "bits_per_dim_one_sigma": pixels._replace(log_sigma=one)}
     dim = math.prod(SHAPE) * math.log(2)
-    return {name: (kl - log_prob(kind, x)) / dim + 8 for name, kind in kinds.items()}
+    return {name: (kl - kind.log_prob(x)) / dim + 8 for name, kind in kinds.items()}
 
 
-def infer(model: VAE, x: Tensor, q: Independent) -> tuple[Tensor, list]:
+def infer(model: VAE, x: Tensor, q: D.Independent) -> tuple:
     """p(x|codes), and (code, q, p) of each code, drawn from its q; first z, whose q is given."""
     z = q.rsample()
-    params, details = model.decode(z, x)
-    return params, [(z, q, model.prior()), *details]
+    pixels, details = model.decode(z, x)
+    return pixels, [(z, q, model.prior), *details]
 
 
 def total_kl(codes: list) -> Tensor:
     """KL(q ‖ p) summed over the codes, (B,); of two Gaussians Kingma and Welling's appendix B."""
-    return sum(kl_divergence(q, p) for _, q, p in codes)
+    return sum(D.kl_divergence(q, p) for _, q, p in codes)
 
 
 @torch.no_grad()
-def fit_prior(prior: Prior, mu: Tensor, variance: Tensor) -> Prior:
-    """The prior of least mean bound on the KL from N posteriors (N, k), by EM (Dempster 1977).
-
-    A posterior belongs to a Gaussian by the share r = softmax(ln w - cross-entropy). Then w is the
-    mean of r, m that of μ and the covariance that of σ² + (μ - m)², weighted by r. It moves towards
-    the mean covariance as by 20 posteriors of it: one with few of its own keeps its breadth.
-    """
-    last = math.inf
-    for _ in range(30):
-        joint = prior.log_weights - prior.cross_entropy(mu, variance)  # (N, K)
-        now = -joint.logsumexp(1).mean().item()
-        if not last - now > 0.01:  # nats
-            break
-        last, share = now, joint.softmax(1)
-        size = share.sum(0) + 1e-9  # (K,)
-        weights, m = size / size.sum(), share.T @ mu / size[:, None]
-        covariance = (share.T @ variance / size[:, None]).diag_embed()  # (K, k, k)
-        for j, r in enumerate(share.T):
-            covariance[j] += ((mu - m[j]) * r[:, None]).T @ (mu - m[j]) / size[j]
-        common = torch.einsum("j,jde->de", weights, covariance)
-        covariance = covariance.lerp(common, (20 / (20 + size))[:, None, None])
-        root, singular = torch.linalg.cholesky_ex(covariance)
-        if singular.any():  # near λ = 0 codes lie too far apart for float32
-            break
-        prior = Prior(weights.log(), m, torch.linalg.inv(root).tril())
-    return prior
-
-
-@torch.no_grad()
-def iwae_bound(model: VAE, x: Tensor, q: Independent, samples: int) -> Tensor:
+def iwae_bound(model: VAE, x: Tensor, q: D.Independent, samples: int) -> Tensor:
     """log 1/K Σ p(x, codes) / q(codes|x) of one image (1, C, H, W) (Burda et al. 2016, eq. 8)."""
     log_weights = []
     for count in torch.arange(samples).split(64):  # so many images fit any memory
         many = x.expand(len(count), -1, -1, -1)
-        params, codes = infer(model, many, q.expand([len(count)]))
+        pixels, codes = infer(model, many, q.expand([len(count)]))
         ratios = (p.log_prob(code) - q.log_prob(code) for code, q, p in codes)
-        log_weights.append(log_prob(params, many) + sum(ratios))
+        log_weights.append(pixels.log_prob(many) + sum(ratios))
     return torch.cat(log_weights).logsumexp(0) - math.log(samples)
 
 
 # train and evaluate -------------------------------------------------------------------------------
 
 
-def start_processes(device: torch.device) -> tuple[int, int]:
-    """(rank, world size): (0, 1) alone, else of the group that torchrun started."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
-def initialize(model: VAE, images: Tensor) -> None:
-    """Let encoder and decoder start from the mean of the training images."""
-    total = sum(to_pixels(part).sum(0) for part in images.split(256))
-    model.mean_image.copy_(total / len(images))
-
-
-def train(
-    model: VAE, images: Split, args: Namespace, state: dict, save: Callable, bar: tqdm
-) -> VAE:
+def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable, bar: tqdm) -> VAE:
     """Minimise reconstruction + λ KL, on from `state`; return the average of the weights."""
-    device = model.mean_image.device
-    rank, world = start_processes(device)
+    device, first = model.mean_image.device, len(state["history"])
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learned, args.lr, (0.9, 0.99), fused=device.type != "mps")
-    average = copy.deepcopy(model)  # of the weights: what is scored and kept
-    if state["epoch"]:
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    per_epoch = len(images.train) // args.batch_size  # a last batch that is not full is left out
-    for epoch in range(state["epoch"], args.epochs):
-        order = torch.randperm(len(images.train), generator=seed_all(args.seed, epoch))
+    average = copy.deepcopy(model).eval()  # of the weights: what is scored and kept
+    parts = {"model": model, "average": average, "optimizer": optimizer}
+    for name in parts.keys() & state.keys():
+        parts[name].load_state_dict(state[name])
+    parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    per_epoch = len(images["train"]) // args.batch_size  # a batch that is not full is left out
+    bar.update(first * per_epoch)
+    for epoch in range(first, args.epochs):
+        order = torch.randperm(len(images["train"]), generator=seed_all(args.seed, epoch))
         sums = torch.zeros(2, device=device)  # reconstruction, KL
         for step, batch in enumerate(order.split(args.batch_size)[:per_epoch], epoch * per_epoch):
-            changed = augment(images.train[batch], seed_all(args.seed, epoch, step))
-            x = to_pixels(changed[rank::world].to(device))
-            seed_all(args.seed, epoch, step, rank)
+            changed = augment(images["train"][batch], seed_all(args.seed, epoch, step))
+            x = to_pixels(changed[RANK::WORLD].to(device))
+            seed_all(args.seed, epoch, step, RANK)
 
             reconstruction, kl = (term.mean() for term in parallel(x))
             weight = args.kl_weight * min(1.0, (step + 1) / max(1.0, WARMUP * per_epoch))
@@ -534,47 +469,39 @@ def train(
             norm = nn.utils.clip_grad_norm_(learned, MAX_NORM)
             if not math.isfinite(reconstruction.item() + kl.item() + norm.item()):
                 fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.epochs * per_epoch, args.lr)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, args.epochs * per_epoch, args.lr)
             if norm < 100 * MAX_NORM * (1 + weight):  # else an outlier (Child 2021)
                 optimizer.step()
             with torch.no_grad():  # the average of about the last thousand steps
                 share = 1 - min(0.999, (1 + step) / (10 + step))
-                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
+                means, weights = average.state_dict(), model.state_dict()
+                torch._foreach_lerp_([*means.values()], [*weights.values()], share)
             sums += torch.stack([reconstruction, kl]).detach()
             bar.update()
-        if world > 1:
+        if WORLD > 1:
             dist.all_reduce(sums)
-        held_out, _ = evaluate(average, images.validation, args)
+        trained = dict(
+            zip(("reconstruction", "kl"), (sums / (WORLD * per_epoch)).tolist(), strict=True)
+        )
+        held_out, _ = evaluate(average, images["validation"], args)
         if not math.isfinite(held_out["neg_elbo"]):
             fail(f"no finite loss after epoch {epoch + 1}. Lower --lr")
         row = {"epoch": epoch + 1, "kl_weight": weight}
-        means = (sums / (world * per_epoch)).tolist()
-        trained = dict(zip(("reconstruction", "kl"), means, strict=True))
         for name, terms in (("train", trained), ("validation", held_out)):
             row[f"{name}_loss"] = terms["reconstruction"] + weight * terms["kl"]
             row |= {f"{name}_{key}": terms[key] for key in trained}
-        state |= {"epoch": epoch + 1, "history": [*state["history"], row]}
-        state |= {"model": model.state_dict(), "average": average.state_dict()}
-        save(state | {"optimizer": optimizer.state_dict()})
-    return average.eval()
+        state["history"].append(row)
+        save(state | {name: part.state_dict() for name, part in parts.items()})
+    return average
 
 
-@torch.no_grad()
-def refit(model: VAE, images: Split, args: Namespace) -> VAE:
-    """Fit in closed form what gradients leave nats away, if that helps on validation images."""
-    order = torch.randperm(len(images.train), generator=seed_all(len(images.train)))
-    chosen = images.train[order[:8192]]
-    posteriors = [model.encode(to_pixels(x.to(model.mean_image.device))) for x in chosen.split(250)]
-    mu = torch.cat([q.mean for q in posteriors])
-    variance = torch.cat([q.variance for q in posteriors])
-    models, priors = [model], [model.prior()]
-    if args.kl_weight > 0 and args.prior == "learned":
-        priors.append(fit_prior(priors[0], mu, variance))
-    for prior in priors:
-        models.append(copy.deepcopy(model))
-        models[-1].fit(prior, chosen[:2048])
-    return min(models, key=lambda m: evaluate(m, images.validation, args)[0]["neg_elbo"])
+def refit_prior(model: VAE, images: dict, args: Namespace) -> VAE:
+    """The model with its prior fitted to the training images' codes, if that helps on others."""
+    _, each = evaluate(model, images["train"][:8192], args)
+    fitted = copy.deepcopy(model)
+    fitted.prior.fit(each["mu"].to(model.mean_image), each["variance"].to(model.mean_image))
+    scores = [evaluate(m, images["validation"], args)[0]["neg_elbo"] for m in (model, fitted)]
+    return fitted if scores[1] < scores[0] else model
 
 
 @torch.no_grad()
@@ -591,28 +518,25 @@ def evaluate(
     for batch in images.split(250):
         x = to_pixels(batch.to(model.mean_image.device))
         q = model.posterior(x, args.kl_weight) if final else model.encode(x)
-        params, codes = infer(model, x, q)
-        again, kl = mean(params).clamp(0, 1), total_kl(codes)
-        row = {"reconstruction": -log_prob(params, x), "kl": kl} | bits_per_dim(params, x, kl)
-        row |= {"error": (again - x).square().flatten(1).mean(1)}
-        row |= {"neg_elbo": row["reconstruction"] + kl}
-        rows.append(row | {"mu": q.mean, "variance": q.variance, "again": to_bytes(again)})
-    columns = {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
-    each = {name: columns.pop(name) for name in ("mu", "variance", "again")}
-    scores = {name: column.double().mean().item() for name, column in columns.items()}
-    each |= {"neg_elbo": columns["neg_elbo"]}
-    scores["psnr_db"] = -10 * math.log10(max(scores.pop("error"), 1e-12))
-    return scores, each
+        pixels, codes = infer(model, x, q)
+        again, kl, reconstruction = pixels.mean.clamp(0, 1), total_kl(codes), -pixels.log_prob(x)
+        scores = {"reconstruction": reconstruction, "kl": kl, "neg_elbo": reconstruction + kl}
+        scores |= bits_per_dim(pixels, x, kl)
+        scores |= {"psnr_db": (again - x).square().flatten(1).mean(1)}
+        rows.append(scores | {"mu": q.mean, "variance": q.variance, "again": to_bytes(again)})
+    each = {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
+    means = {name: each[name].double().mean().item() for name in scores}
+    means["psnr_db"] = -10 * math.log10(max(means["psnr_db"], 1e-12))  # of the mean squared error
+    return means, each
 
 
+@torch.no_grad()
 def describe_posterior(model: VAE, mu: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """Means and variances (N, k) of q(u|x), where u is z shifted and scaled to p's mean 0, σ 1."""
-    prior = model.prior()
-    weights, roots = prior.log_weights.exp(), torch.linalg.inv(prior.A)
-    m = weights @ prior.loc
+    prior, weights = model.prior, model.prior.logits.softmax(0)
+    m, roots = weights @ prior.loc, torch.linalg.inv(prior.A)
     spread = weights @ (roots.square().sum(2) + (prior.loc - m).square())  # (k,)
-    m, spread = m.detach().cpu(), spread.detach().cpu()
-    return (mu - m) / spread.sqrt(), variance / spread
+    return (mu - m.cpu()) / spread.sqrt().cpu(), variance / spread.cpu()
 
 
 def score(model: VAE, images: Tensor, order: Tensor, args: Namespace) -> tuple[dict, dict]:
@@ -645,20 +569,13 @@ def paint(model: VAE, z: Tensor, args: Namespace) -> Tensor:
     """The mean of p(x|codes) for z (N, k), uint8; the same seed draws the same further codes."""
     seed_all(args.seed)
     parts = z.to(model.mean_image).split(250)
-    return torch.cat([to_bytes(mean(model.decode(z, None, args.temperature)[0])) for z in parts])
+    return torch.cat([to_bytes(model.decode(z, None, args.temperature)[0].mean) for z in parts])
 
 
 def draw_samples(model: VAE, count: int, args: Namespace) -> Tensor:
     """The mean of p(x|codes) for codes from the prior, uint8 (count, C, H, W)."""
     seed_all(args.seed, count)
     return paint(model, model.draw(count, args.temperature), args)
-
-
-def interpolate(model: VAE, mu: Tensor, rows: int, args: Namespace, steps: int = 10) -> Tensor:
-    """The straight lines from mu[0] to mu[1], mu[2] to mu[3], …: uint8 (rows, steps, C, H, W)."""
-    first, last = mu[: 2 * rows : 2], mu[1 : 2 * rows : 2]  # (rows, k)
-    shares = torch.linspace(0, 1, steps).tolist()
-    return torch.stack([paint(model, first.lerp(last, share), args) for share in shares], 1)
 
 
 def tile(images: Tensor, columns: int) -> np.ndarray:
@@ -694,35 +611,33 @@ def plot_images(folder: Path, model: VAE, test: Tensor, each: dict, args: Namesp
         show(panel, tile(draw_samples(model, 100, args), 10), title)
     with panels(folder / "interpolation.png", 1) as [panel]:
         ends = real[: 2 * rows].unflatten(0, (rows, 2))
-        between = interpolate(model, each["mu"], rows, args)
+        first, last = each["mu"][: 2 * rows].unflatten(0, (rows, 2)).unbind(1)  # (rows, k)
+        shares = torch.linspace(0, 1, 10).tolist()
+        between = torch.stack([paint(model, first.lerp(last, w), args) for w in shares], 1)
         lines = torch.cat([ends[:, :1], between, ends[:, 1:]], 1).flatten(0, 1)
         show(panel, tile(lines, 12), "real | from one code to the other | real")
 
 
 def plot_posterior(folder: Path, model: VAE, test: Tensor, each: dict, args: Namespace) -> None:
-    """One image's q(u|x), and which dimensions are used, for how many nats."""
+    """One image's q(u|x), and how many dimensions tell images apart."""
     mean_u, var_u = describe_posterior(model, each["mu"], each["variance"])
     i = args.image % len(test)
     pair = torch.stack([to_bytes(to_pixels(test[i : i + 1]))[0], each["again"][i]])
     order, count = var_u[i].argsort(), range(mean_u.shape[1])
-    with panels(folder / "posterior.png", 3) as (images, means, variances):
+    spread = mean_u.var(0, correction=0)
+    with panels(folder / "posterior.png", 4) as (images, means, variances, active):
         show(images, tile(pair, 2), f"test image {i} | reconstructed, λ = {args.kl_weight:g}")
         means.bar(count, mean_u[i, order].numpy(), width=1.0)
         means.set(xlabel="dimension of u, by variance", ylabel="mean of q(u|x)", ylim=(-5, 5))
         variances.bar(count, var_u[i, order].numpy(), width=1.0)
         variances.set(xlabel="dimension of u", ylabel="variance", yscale="log", ylim=(1e-9, 10))
-        for panel, prior in ((means, 0), (variances, 1)):
-            panel.axhline(prior, color="tab:red", linewidth=1, label=f"prior: {prior}")
+        active.semilogy(spread.sort(descending=True).values.clamp_min(1e-8))
+        active.set(xlabel="dimension of u, sorted", ylabel="variance over images of E[u|x]")
+        bounds = {means: 0, variances: 1, active: ACTIVE}
+        for panel, bound in bounds.items():
+            name = f"active above {bound}" if panel is active else f"prior: {bound}"
+            panel.axhline(bound, color="tab:red", linewidth=1, label=name)
             panel.legend(loc="lower right")
-    spread = mean_u.var(0, correction=0)
-    nats = 0.5 * (mean_u.square() + var_u - 1 - var_u.log()).mean(0)
-    with panels(folder / "posterior-collapse.png", 2) as (left, right):
-        left.semilogy(spread.sort(descending=True).values.clamp_min(1e-8))
-        left.axhline(ACTIVE, color="tab:red", linewidth=1)
-        left.set_title(f"{int((spread > ACTIVE).sum())} of {len(spread)} active, above {ACTIVE}")
-        left.set(xlabel="dimension of u, sorted", ylabel="variance over images of E[u|x]")
-        right.plot(nats.sort(descending=True).values)
-        right.set(xlabel="dimension of u, sorted", ylabel="KL to N(0, 1) (nats)")
 
 
 def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> None:
@@ -737,15 +652,22 @@ def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> 
             curves.plot(ax=panel, style=".-", title=title, ylabel="nats per image", ylim=limits)
 
 
-def plot_sweep(path: Path, folders: list[Path]) -> None:
-    """The figures of each λ in a column."""
+def plot_sweep(out: Path, metrics: dict[str, dict]) -> None:
+    """A table with a row for each λ, and a sheet with its figures in a column."""
+    keys = ("reconstruction", "kl", "neg_elbo")
+    table = pd.DataFrame(
+        [row | {key: row[key]["test"] for key in keys} for row in metrics.values()]
+    )
+    write_file(out / "sweep.csv", partial(table.to_csv, index=False, mode="wb"))
+    shown = ["lambda", *keys, "iwae", "bits_per_dim", "psnr_db", "active_units", "seconds"]
+    print(table[shown].round(3).to_string(index=False))
     rows = []
     for name in ("reconstructions", "samples", "interpolation", "posterior", "learning-curve"):
-        pictures = [Image.open(folder / f"{name}.png").convert("RGB") for folder in folders]
-        height = 800 * pictures[0].height // pictures[0].width
-        rows.append(np.hstack([picture.resize((800, height)) for picture in pictures]))
+        pictures = [Image.open(out / f"lambda-{weight}" / f"{name}.png") for weight in metrics]
+        size = 800, 800 * pictures[0].height // pictures[0].width
+        rows.append(np.hstack([picture.convert("RGB").resize(size) for picture in pictures]))
     sheet = Image.fromarray(np.vstack(rows))
-    write_file(path, partial(sheet.save, format="png"))
+    write_file(out / "lambda-sheet.png", partial(sheet.save, format="png"))
 
 
 # run folder, errors, command line (much of it the same in every script) ---------------------------
@@ -767,7 +689,7 @@ def one_line(path: Path | str, mend: str) -> Iterator[None]:
         fail(f"{path}: {reason[:300].rstrip('.')}. {mend}")
 
 
-def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[float, float]]) -> None:
+def check_ranges(args: Namespace, ranges: dict[str, tuple[float, float]]) -> None:
     """End the program unless each argument lies between its two ends, which it may take."""
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
@@ -775,25 +697,22 @@ def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[float, float]
             fail(f"--{name.replace('_', '-')} {value}: give a number from {low:g} to {high:g}")
 
 
-def exit_on_signals(argv: list[str] | None) -> None:
+def exit_on_signals() -> None:
     """Let Ctrl-C and SIGTERM end the process at once, with the command that goes on from there."""
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-    several = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    start = several if "RANK" in os.environ else ["python"]
 
     def stop(number: int, frame) -> None:
-        print("\nstopped   go on with:", shlex.join([*start, sys.argv[0], *words, "--resume"]))
+        print("\nstopped   go on with:", shlex.join(["python", *sys.argv, "--resume"]))
         raise SystemExit(128 + number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
 
 
-def seed_all(*numbers: int) -> torch.Generator:
+def seed_all(*numbers: int) -> Generator:
     """Seed torch by the place in the run, such as (seed, epoch, step); return a generator too."""
     seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
     torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
+    return Generator().manual_seed(seed)
 
 
 def pick_device(name: str) -> torch.device:
@@ -813,14 +732,11 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def write_file(path: Path, save: Callable[[io.BytesIO], object]) -> None:
-    """Let `save` fill a buffer, and move it to `path` when it is all on disk: never half a file."""
+    """Let `save` fill a buffer, and move it to `path` when it is written: never half a file."""
     content, temporary = io.BytesIO(), path.with_name(f".{path.name}.tmp")
     save(content)
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())  # so that not even a power cut leaves half of it
+        temporary.write_bytes(content.getbuffer())
         os.replace(temporary, path)
     except OSError as error:
         fail(f"{path}: cannot be written ({error.strerror}). Make room, then add --resume")
@@ -834,16 +750,15 @@ def write_json(path: Path, value: dict) -> None:
 
 
 @contextlib.contextmanager
-def open_run(folder: Path, args: argparse.Namespace, hashes: dict[str, str]) -> Iterator[None]:
+def open_run(folder: Path, args: Namespace, hashes: dict[str, str]) -> Iterator[None]:
     """Hold the run's folder while the block lasts; a run that starts over keeps the old one."""
-    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
     previous = folder.parent / f"{folder.name}.previous"
     used = [p for p in (folder, previous) if p.is_dir() and {*p.iterdir()} - {*p.glob(".*.tmp")}]
     if folder.name in ("", "..") or not all((p / "config.json").exists() for p in used):
         fail(f"{folder}, or {previous.name}: not the folder of a run. Name another with --out")
     with one_line(folder, "Wait for the other run, or name another folder with --out"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0).acquire()
         if not args.resume and (folder / "checkpoint.pt").exists():
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
@@ -854,11 +769,9 @@ def open_run(folder: Path, args: argparse.Namespace, hashes: dict[str, str]) -> 
     git = subprocess.run(commit, capture_output=True, text=True) if shutil.which("git") else None
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     facts = {"sha256": hashes, "seed": args.seed, "commit": git and git.stdout.strip()}
-    try:
+    with lock:
         write_json(folder / "config.json", {"arguments": vars(args), "versions": versions} | facts)
         yield
-    finally:
-        lock.release()
 
 
 def load_checkpoint(path: Path, version: str, settings: dict) -> dict:
@@ -915,10 +828,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     check_ranges(args, {name: (low, 2**32 - 1) for name, low in least.items()})
     for value in args.kl_weight:
         check_ranges(Namespace(**{"lambda": value}), {"lambda": (0, 1e9)})
-    names = [f"{value:g}" for value in args.kl_weight]  # the folders': six digits
-    if len(set(names)) < len(names):
-        fail(f"--lambda {' '.join(names)}: a value stands there twice")
-    if bool(args.evaluate) + bool(args.sample) + (len(names) > 1) > 1:
+    by_folder = {f"{value:g}": value for value in args.kl_weight}  # named by six digits
+    args.kl_weight = list(by_folder.values())
+    if bool(args.evaluate) + bool(args.sample) + (len(by_folder) > 1) > 1:
         fail("give only one of --evaluate, --sample and several --lambda")
     return args
 # fmt: on
@@ -927,11 +839,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
 def load_finished(folder: Path, device: torch.device) -> tuple[VAE, dict]:
     """The model of the finished run in `folder`, and its settings."""
     path = folder / "checkpoint.pt"
-    if not path.exists():
-        fail(f"{folder}: no run there. Train first, or name its folder with --out and --lambda")
-    state = load_checkpoint(path, VERSION, {})
+    state = load_checkpoint(path, VERSION, {}) if path.exists() else {}
     if "metrics" not in state:
-        fail(f"{folder}: its run is not finished. Go on with it: --resume")
+        fail(f"{folder}: no finished run there. Train, add --resume to go on, or name its --out")
     with one_line(path, "Train again without --resume"):
         model = VAE(state["settings"]["latent_dim"], state["settings"]["prior"] == "learned")
         model.load_state_dict(state["average"])
@@ -961,94 +871,89 @@ def use_finished(args: Namespace) -> dict:
     return metrics
 
 
-def load_saved(args: Namespace, sha256: str, take_finished: bool) -> dict:
-    """The state to go on from: --resume's, a finished one that a sweep takes, or a new one.
+def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
+    """Train at one λ, score the test images, and leave everything in <out>/lambda-<λ>/.
 
-    Its keys: version, settings, history (a row an epoch), epoch (those done), seconds, model,
-    average, optimizer; of a finished run metrics too, and the model to use is the average.
+    The checkpoint holds version, settings, history (a row an epoch), seconds, model, average,
+    optimizer; of a finished run metrics too, and the model to use is the average.
     """
+    device, began, test = pick_device(args.device), time.monotonic(), images["test"]
+    folder, checkpoint = args.folder, args.folder / "checkpoint.pt"
     names = ("prior", "latent_dim", "epochs", "batch_size", "lr", "seed", "limit")
     settings = {name: getattr(args, name) for name in names}
     settings |= {"lambda": args.kl_weight, "sha256": sha256}
-    path = args.folder / "checkpoint.pt"
-    if path.exists() and (args.resume or take_finished):
-        state = load_checkpoint(path, VERSION, settings if args.resume else {})
-        if args.resume or ("metrics" in state and state["settings"] == settings):
-            return state
-    return {"version": VERSION, "settings": settings, "history": [], "epoch": 0, "seconds": 0.0}
-
-
-def run(args: Namespace, images: Split, state: dict, bar: tqdm) -> dict:
-    """Train at one λ, score the test images, and leave everything in <out>/lambda-<λ>/."""
-    device, folder, earlier = pick_device(args.device), args.folder, state["seconds"]
-    (rank, _), began = start_processes(device), time.monotonic()
+    state = {"version": VERSION, "settings": settings, "history": [], "seconds": 0.0}
+    if checkpoint.exists() and (args.resume or args.sweep):
+        saved = load_checkpoint(checkpoint, VERSION, settings if args.resume else {})
+        if args.resume or ("metrics" in saved and saved["settings"] == settings):
+            state = saved
+    if "metrics" in state:
+        return state["metrics"]
+    if WORLD > 1:
+        dist.barrier()  # until all have read what the first one may move away
 
     def save(state: dict) -> None:
-        state["seconds"] = earlier + time.monotonic() - began
-        if rank == 0:
-            write_file(folder / "checkpoint.pt", partial(torch.save, state))
+        if RANK == 0:
+            seconds = state["seconds"] + time.monotonic() - began
+            write_file(checkpoint, partial(torch.save, state | {"seconds": seconds}))
 
-    hashes = {"data": state["settings"]["sha256"]}
-    with open_run(folder, args, hashes) if rank == 0 else contextlib.nullcontext():
+    with open_run(folder, args, {"data": sha256}) if RANK == 0 else contextlib.nullcontext():
         seed_all(args.seed)
         model = VAE(args.latent_dim, args.prior == "learned")
-        initialize(model, images.train)
+        model.mean_image.copy_(to_pixels(images["train"][:4096]).mean(0))
         model = train(model.to(device), images, args, state, save, bar)
-        model = refit(model, images, args)
-        count = len(images.test)  # of training images too: as many are enough
-        metrics, each = score(model, images.test, torch.arange(count), args)
-        parts = [evaluate(model, part[:count], args, True)[0] for part in images[:2]] + [metrics]
-        for key in ("neg_elbo", "reconstruction", "kl"):
-            metrics[key] = dict(zip(Split._fields, [part[key] for part in parts], strict=True))
+        if args.prior == "learned" and args.kl_weight > 0:
+            model = refit_prior(model, images, args)
+        metrics, each = score(model, test, torch.arange(len(test)), args)
+        for key in (keys := ("reconstruction", "kl", "neg_elbo")):
+            metrics[key] = {"test": metrics[key]}
+        for name in ("train", "validation"):  # of training images as many as of the test's
+            part, _ = evaluate(model, images[name][: len(test)], args, True)
+            for key in keys:
+                metrics[key][name] = part[key]
         metrics |= {"lambda": args.kl_weight, "epochs": args.epochs}
-        metrics |= {"seconds": earlier + time.monotonic() - began}
-        if rank == 0:
+        metrics |= {"seconds": state["seconds"] + time.monotonic() - began}
+        if RANK == 0:
             history = pd.DataFrame(state["history"])
             write_file(folder / "history.csv", partial(history.to_csv, index=False, mode="wb"))
             plot_learning_curve(folder / "learning-curve.png", history, args.kl_weight)
-            plot_images(folder, model, images.test, each, args)
-            plot_posterior(folder, model, images.test, each, args)
-        state |= {"model": None, "optimizer": None}
-        save(state | {"average": model.state_dict(), "metrics": metrics})
+            plot_images(folder, model, test, each, args)
+            plot_posterior(folder, model, test, each, args)
+        finished = {name: state[name] for name in ("version", "settings", "history", "seconds")}
+        save(finished | {"average": model.state_dict(), "metrics": metrics})
     return metrics
 
 
-def train_all(runs: list[Namespace]) -> dict:
+def train_all(args: Namespace) -> dict:
     """Train one model a λ; return the metrics of the one, or of several by λ."""
-    args, metrics = runs[0], []
-    rank, world = start_processes(pick_device(args.device))
     pixels, sha256 = load_images(find_data(args.data))
     images = split_images(pixels, args.seed, args.limit)
-    print(f"images    {', '.join(f'{len(v)} {k}' for k, v in images._asdict().items())}")
-    for one in runs:
-        one.batch_size = min(args.batch_size, len(images.train))
-    if args.batch_size % world:
-        fail(f"--batch-size {args.batch_size}: give a multiple of the {world} processes")
-    states = [load_saved(one, sha256, len(runs) > 1) for one in runs]
-    if world > 1:
-        dist.barrier()  # until all have read what the first one may move away
-    per_epoch = len(images.train) // args.batch_size
-    total = len(runs) * args.epochs * per_epoch
-    done = per_epoch * sum(state["epoch"] for state in states)
-    with tqdm(total=total, initial=done, unit="batch", disable=rank > 0 or None) as bar:
-        for one, state in zip(runs, states, strict=True):
-            metrics.append(state.get("metrics") or run(one, images, state, bar))
-            bar.write(f"λ = {one.kl_weight:<6g}-ELBO {metrics[-1]['neg_elbo']['test']:.2f} nats")
-            if rank == 0:
-                write_json(one.folder / "metrics.json", metrics[-1])
-    keys = ("reconstruction", "kl", "neg_elbo")
-    table = pd.DataFrame([row | {key: row[key]["test"] for key in keys} for row in metrics])
-    columns = ["lambda", *keys, "iwae", "bits_per_dim", "psnr_db", "active_units", "seconds"]
-    shown = table[columns].round(3).assign(**{"lambda": table["lambda"].map("{:g}".format)})
-    print(shown.to_string(index=False))
-    print(f"wrote     {', '.join(str(one.folder) for one in runs)}")
-    words = ["--sample", "100", "--out", str(args.out), "--lambda", f"{args.kl_weight:g}"]
+    print(f"images    {', '.join(f'{len(part)} {name}' for name, part in images.items())}")
+    args.batch_size, metrics = min(args.batch_size, len(images["train"])), {}
+    if args.batch_size % WORLD:
+        fail(f"--batch-size {args.batch_size}: give a multiple of the {WORLD} processes")
+    each = args.epochs * (len(images["train"]) // args.batch_size)  # batches of a λ
+    total = each * len(args.kl_weight)
+    with tqdm(total=total, unit="batch", disable=RANK > 0 or None) as bar:
+        for one in map(partial(at_weight, args), args.kl_weight):
+            name = f"{one.kl_weight:g}"
+            bar.update(each * len(metrics) - bar.n)  # of a λ that was finished before
+            metrics[name] = run(one, images, sha256, bar)
+            bar.write(f"λ = {name:6}-ELBO {metrics[name]['neg_elbo']['test']:.2f} nats")
+            if RANK == 0:
+                write_json(one.folder / "metrics.json", metrics[name])
+    print(f"wrote     {args.out}/lambda-{', '.join(metrics)}")
+    words = ["--sample", "100", "--out", str(args.out), "--lambda", name]
     print(f"next      {shlex.join(['python', sys.argv[0], *words])}")
-    if len(runs) > 1 and rank == 0:
-        write_file(args.out / "sweep.csv", partial(table.to_csv, index=False, mode="wb"))
-        plot_sweep(args.out / "lambda-sheet.png", [one.folder for one in runs])
-    by_weight = {f"{row['lambda']:g}": row for row in metrics}
-    return by_weight if len(runs) > 1 else metrics[0]
+    if len(metrics) > 1 and RANK == 0:
+        plot_sweep(args.out, metrics)
+    return metrics if len(metrics) > 1 else metrics[name]
+
+
+def at_weight(args: Namespace, kl_weight: float) -> Namespace:
+    """The arguments of the run at one λ, its folder, and whether it is one of several."""
+    own = {"kl_weight": kl_weight, "folder": args.out / f"lambda-{kl_weight:g}"}
+    return Namespace(**vars(args) | own, sweep=len(args.kl_weight) > 1)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -1056,22 +961,16 @@ def main(argv: list[str] | None = None) -> dict:
     if hasattr(sys.stdout, "reconfigure"):  # λ is no reason to stop where a terminal has none
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parse_args(argv)
-    exit_on_signals(argv)
-    folders = {value: args.out / f"lambda-{value:g}" for value in args.kl_weight}
-    runs = [Namespace(**vars(args) | {"kl_weight": v, "folder": f}) for v, f in folders.items()]
-    if int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
-        sys.stdout = io.StringIO()
+    exit_on_signals()
+    with contextlib.redirect_stdout(io.StringIO() if RANK else sys.stdout):  # the first one speaks
         if args.evaluate or args.sample:
-            return {}  # and does alone what needs no training
-    try:
-        return use_finished(runs[0]) if args.evaluate or args.sample else train_all(runs)
-    except RuntimeError as error:  # gloo and NCCL raise it where a connection is lost
-        if not dist.is_initialized():
-            raise
-        fail(f"another process of this run has ended, or: {error}. Go on with --resume")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+            return use_finished(at_weight(args, args.kl_weight[0]))
+        if WORLD > 1:
+            dist.init_process_group("nccl" if pick_device(args.device).type == "cuda" else "gloo")
+        metrics = train_all(args)
+    if WORLD > 1:
+        dist.destroy_process_group()
+    return metrics
 
 
 if __name__ == "__main__":

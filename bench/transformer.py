@@ -128,16 +128,15 @@ def accuracy(args: argparse.Namespace, news: t.News, inputs: t.Inputs, unseen: n
     lower = np.array([" ".join(tokenize(text)) for text in news.texts])
     texts = np.array([text.replace("\t", " ") for text in news.texts])
     columns = 1 + max(text.count("\t") for text in news.texts)
-    stems = [
-        [token.grams[2] for token in t.split_text(text, columns, tokenize)] for text in news.texts
-    ]
+    stems = [[token.name for token in t.split_text(text, columns, tokenize)] for text in news.texts]
     marked = np.array(stems, dtype=object)  # a title's stems apart from a description's
     test = np.arange(count, len(news.texts))
 
     def report(name: str, *shares: float) -> None:
         counts = (count, len(test))[: 2 if args.unseen else 1]
         cells = [
-            f"{p:.4f} ± {t.standard_error(p, n):.4f}" for p, n in zip(shares, counts, strict=False)
+            f"{p:.4f} ± {math.sqrt(p * (1 - p) / n):.4f}"
+            for p, n in zip(shares, counts, strict=False)
         ]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 

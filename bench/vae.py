@@ -37,7 +37,7 @@ TWINS = {"digits": vae_mnist, "faces": vae_anime}
 
 def epoch_of_ours(t, split, args) -> None:
     """One epoch of the script's own training loop, and its look at one validation image."""
-    model, state = copy.deepcopy(args.start), {"epoch": 0, "history": []}
+    model, state = copy.deepcopy(args.start), {"history": []}
     with t.tqdm(disable=True) as bar:
         t.train(model, split, args, state, lambda state: None, bar)
 
@@ -51,10 +51,14 @@ def epoch_of_plain(t, split, args, warp_items: bool) -> None:
 
     class Items(torch.utils.data.Dataset):
         def __len__(self):
-            return len(split.train)
+            return len(split["train"])
 
         def __getitem__(self, i):
-            return t.augment(split.train[i : i + 1], generator)[0] if warp_items else split.train[i]
+            return (
+                t.augment(split["train"][i : i + 1], generator)[0]
+                if warp_items
+                else split["train"][i]
+            )
 
     model = copy.deepcopy(args.start).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr)
@@ -69,11 +73,11 @@ def epoch_of_plain(t, split, args, warp_items: bool) -> None:
 
 def speed(t, split, args) -> None:
     """Images a second of one epoch, both sides in turn, the ratio of the medians."""
-    split = split._replace(train=split.train[: args.images], validation=split.validation[:1])
+    split = split | {"train": split["train"][: args.images], "validation": split["validation"][:1]}
     args.epochs, args.kl_weight = 1, 1.0
     t.seed_all(0)
     args.start = t.VAE(args.latent_dim, True)  # the same weights for every side
-    t.initialize(args.start, split.train)
+    args.start.mean_image.copy_(t.to_pixels(split["train"]).mean(0))
     sides = {
         "plain": partial(epoch_of_plain, warp_items=False),
         "plain, images warped one by one": partial(epoch_of_plain, warp_items=True),
@@ -86,20 +90,22 @@ def speed(t, split, args) -> None:
             side(t, split, args)
             seconds.setdefault(name, []).append(time.monotonic() - begin)
     print(
-        f"{torch.get_num_threads()} threads, {len(split.train)} images an epoch, "
+        f"{torch.get_num_threads()} threads, {len(split['train'])} images an epoch, "
         f"{args.rounds} rounds in turn"
     )
     print("| training | images a second (median; range) | ours over it |\n| --- | --- | --- |")
     for name, measured in seconds.items():
-        low, middle, high = (len(split.train) / f(measured) for f in (max, statistics.median, min))
+        low, middle, high = (
+            len(split["train"]) / f(measured) for f in (max, statistics.median, min)
+        )
         ratio = statistics.median(measured) / statistics.median(seconds[t.SCRIPT])
         print(f"| {name} | {middle:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} |")
 
 
-def as_params(logits, log_sigma):
-    """What the twin's log_prob takes: logits of digits, of faces the mean and one σ."""
+def as_pixels(logits, log_sigma):
+    """p(x|z) as the twins have it: of digits Bernoulli, of faces Gaussian with one σ."""
     if logits.shape[1] == 1:
-        return logits
+        return torch.distributions.Independent(torch.distributions.Bernoulli(logits=logits), 3)
     return vae_anime.Pixels(logits.sigmoid(), log_sigma, logits)
 
 
@@ -121,7 +127,7 @@ class ExampleVAE(nn.Module):
         mu, logvar = self.encoder(x).chunk(2, 1)
         logits = self.network(mu + (logvar / 2).exp() * torch.randn_like(mu))
         kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
-        return as_params(logits, self.log_sigma), kl
+        return as_pixels(logits, self.log_sigma), kl
 
 
 class PythaeVAE(nn.Module):
@@ -152,7 +158,7 @@ class PythaeVAE(nn.Module):
             mu + (logvar / 2).exp() * torch.randn_like(mu)
         ).reconstruction  # in [0, 1]
         kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
-        return as_params(image.clamp(1e-6, 1 - 1e-6).logit(), self.log_sigma), kl
+        return as_pixels(image.clamp(1e-6, 1 - 1e-6).logit(), self.log_sigma), kl
 
 
 def peers(t, split, args) -> None:
@@ -166,8 +172,8 @@ def peers(t, split, args) -> None:
             total = 0.0
             for batch in images.split(200):
                 x = t.to_pixels(batch)
-                params, kl = model(x)
-                total += (kl - t.log_prob(params, x)).sum().item()
+                pixels, kl = model(x)
+                total += (kl - pixels.log_prob(x)).sum().item()
         return total / len(images)
 
     print(
@@ -185,18 +191,18 @@ def peers(t, split, args) -> None:
         begin = time.monotonic()
         while time.monotonic() < begin + args.seconds:
             model.train()
-            for batch in torch.randperm(len(split.train)).split(64):
+            for batch in torch.randperm(len(split["train"])).split(64):
                 if time.monotonic() > begin + args.seconds:
                     break
-                x = t.to_pixels(split.train[batch])
-                params, kl = model(x)
+                x = t.to_pixels(split["train"][batch])
+                pixels, kl = model(x)
                 optimizer.zero_grad()
-                (kl - t.log_prob(params, x)).mean().backward()
+                (kl - pixels.log_prob(x)).mean().backward()
                 optimizer.step()
             epochs += 1
             model.eval()
-            if (now := score(model, split.validation)) < best:
-                best, test = now, score(model, split.test)
+            if (now := score(model, split["validation"])) < best:
+                best, test = now, score(model, split["test"])
         bits = test / math.prod(t.SHAPE) / math.log(2) + (8 if t is vae_anime else 0)
         bests[name] = best
         parameters = sum(p.numel() for p in model.parameters())
@@ -213,7 +219,7 @@ def race(t, split, args, bests: dict[str, float]) -> None:
     begin, args.kl_weight = time.monotonic(), 1.0
     t.seed_all(0)
     model = t.VAE(args.latent_dim, True)
-    t.initialize(model, split.train)
+    model.mean_image.copy_(t.to_pixels(split["train"][:4096]).mean(0))
 
     def passed(state: dict) -> None:
         last = state["history"][-1]
@@ -226,7 +232,7 @@ def race(t, split, args, bests: dict[str, float]) -> None:
             raise Passed
 
     with t.tqdm(disable=True) as bar, contextlib.suppress(Passed):
-        t.train(model, split, args, {"epoch": 0, "history": []}, passed, bar)
+        t.train(model, split, args, {"history": []}, passed, bar)
 
 
 def judge_digits(t, split, args, model, draws: torch.Tensor) -> None:
@@ -240,12 +246,12 @@ def judge_digits(t, split, args, model, draws: torch.Tensor) -> None:
         layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
     classifier = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, 10))
     optimizer = torch.optim.Adam(classifier.parameters())
-    epochs, per_epoch = 20, math.ceil(len(split.train) / 64)
+    epochs, per_epoch = 20, math.ceil(len(split["train"]) / 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, epochs * per_epoch)
     for epoch in range(epochs):
-        for step, batch in enumerate(torch.randperm(len(split.train)).split(64)):
-            x = t.to_pixels(t.augment(split.train[batch], t.seed_all(epoch, step)))
-            loss = F.cross_entropy(classifier(x), dealt.train[batch])
+        for step, batch in enumerate(torch.randperm(len(split["train"])).split(64)):
+            x = t.to_pixels(t.augment(split["train"][batch], t.seed_all(epoch, step)))
+            loss = F.cross_entropy(classifier(x), dealt["train"][batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -260,12 +266,12 @@ def judge_digits(t, split, args, model, draws: torch.Tensor) -> None:
             .max(1)
         )
 
-    right = (tell(split.test)[1] == dealt.test).float().mean()
-    print(f"classifier right on {right:.4f} of {len(split.test)} held-out digits")
-    again = t.evaluate(model, split.test, args, True)[1]["again"]
+    right = (tell(split["test"])[1] == dealt["test"]).float().mean()
+    print(f"classifier right on {right:.4f} of {len(split['test'])} held-out digits")
+    again = t.evaluate(model, split["test"], args, True)[1]["again"]
     print("| images | told with confidence .9 or more |\n| --- | --- |")
     for name, images in {
-        "real, held out": split.test,
+        "real, held out": split["test"],
         "reconstructed": again,
         "samples": draws,
     }.items():
@@ -318,13 +324,13 @@ def judge_faces(t, split, args, model, draws: torch.Tensor) -> None:
     import cv2
 
     cascade = cv2.CascadeClassifier(str(args.cascade))
-    again = t.evaluate(model, split.test, args, True)[1]["again"]
-    real = split.test.permute(0, 2, 3, 1).numpy()
+    again = t.evaluate(model, split["test"], args, True)[1]["again"]
+    real = split["test"].permute(0, 2, 3, 1).numpy()
     print(
         "| images | patches at 64 | 32 | 16 | mean | face |\n| --- | --- | --- | --- | --- | --- |"
     )
     for name, images in {
-        "real, others": split.validation,
+        "real, others": split["validation"],
         "reconstructed": again,
         f"drawn, temperature {args.temperature:g}": draws,
     }.items():

@@ -94,7 +94,7 @@ def news_tab(folder: Path) -> None:
         encoded = vocabulary.encode(tokens)
         words, rows = [token.word for token in tokens][: len(encoded)], torch.arange(len(encoded))
         [shares] = probabilities([encoded])
-        maps = [model(encoded[None], return_attn=True)[1][0] for model in models]
+        maps = [model(encoded[None])[1][0] for model in models]
         received = torch.stack(maps).mean((0, 2))  # (heads, T): by a word, from all words
         attention = received.mean(0) if head == "mean" else received[int(head) - 1]
         without = [encoded[rows != row] for row in rows] if len(words) > 1 else [encoded]
@@ -160,7 +160,7 @@ class Drawer:
             folder, cpu = self.out / f"lambda-{weight}", torch.device("cpu")
             model, _ = self.script.load_finished(folder, cpu)
         self.script.seed_all(0)
-        z = model.prior().draw(1000, 1.0).detach()
+        z = model.prior.draw(1000, 1.0)
         _, lengths, directions = torch.linalg.svd(z - z.mean(0), full_matrices=False)
         args = self.script.parse_args([])  # seed and temperature
         return model, args, (directions * lengths[:, None] / len(z) ** 0.5)[:SLIDERS]
@@ -192,8 +192,8 @@ class Drawer:
     def reconstruct(self, weight: str, path: str | None) -> tuple:
         """The picture beside its reconstruction, its q(u|x), and the sliders back at 0."""
         (q, x), (model, _, directions) = self.encode(weight, path), self.load(weight)
-        params, _ = self.script.infer(model, x, q)
-        pair = torch.cat([self.script.to_bytes(image) for image in (x, self.script.mean(params))])
+        pixels, _ = self.script.infer(model, x, q)
+        pair = torch.cat([self.script.to_bytes(image) for image in (x, pixels.mean)])
         described = self.script.describe_posterior(model, q.mean, q.variance)
         figure = Figure((6, 2.4), dpi=120, layout="constrained")
         panels = zip(figure.subplots(1, 2), described, ("mean", "variance"), strict=True)

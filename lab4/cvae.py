@@ -42,6 +42,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,7 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from torch import Generator, Tensor, nn
+from torch.distributions import Normal
 from torch.nn.utils.rnn import pack_padded_sequence
 from tqdm import tqdm
 
@@ -118,11 +120,9 @@ def read_train(path: Path) -> list[Verb]:
     """The verbs of train.txt; repeated lines and those whose third word lacks -ing are left out."""
     form = f"four words of up to {MAX_LETTERS} small letters a to z: {', '.join(TENSES)}"
     lines = read_lines(path, r"\s+".join([WORD] * len(TENSES)), form)
-    odd = [" ".join(line) for line in lines if not line[2].endswith("ing")]
     verbs = list(dict.fromkeys(verb for verb in lines if verb[2].endswith("ing")))
     if left_out := len(lines) - len(verbs):
-        why = f"repeated, or with no progressive as third word: {', '.join(odd[:12]) or 'none'}"
-        print(f"warning   {path}: {left_out} lines left out, {why}")
+        print(f"warning   {path}: {left_out} lines left out, repeated or without -ing third")
     return verbs
 
 
@@ -269,7 +269,9 @@ class CVAE(nn.Module):
         if teacher_forcing < 1:
             with torch.no_grad():
                 guess, _ = self.decode(state, target_tense, given)
-            given = mix_letters(target, guess, teacher_forcing)
+            right = torch.rand(target.shape, device=z.device) < teacher_forcing
+            mixed = torch.where(right, target, guess.argmax(-1))
+            given = F.pad(mixed, (1, -1), value=START)
         logits, _ = self.decode(state, target_tense, given)  # (2B, T, 28)
         reconstruction = reconstruction_loss(logits, target).view(2, -1).mean(0)
         return reconstruction, kl_divergence(mu, logvar)
@@ -286,12 +288,6 @@ class CVAE(nn.Module):
             ended |= letter == END
         words = ["".join(ALPHABET[i] for i in row) for row in torch.cat(letters, 1).tolist()]
         return [word.partition("$")[0] for word in words]
-
-
-def mix_letters(right: Tensor, logits: Tensor, share: float) -> Tensor:
-    """What the decoder is given (B, T): ^, then letters, `share` right and the others likeliest."""
-    guessed = torch.rand(right.shape, device=right.device) >= share
-    return F.pad(torch.where(guessed, logits.argmax(-1), right), (1, -1), value=START)
 
 
 # objective (nats per word) ------------------------------------------------------------------------
@@ -325,15 +321,12 @@ def likeliest_verbs(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     mu and logvar (4N, k) are all posteriors. Where p(z) has mass and no posterior has, a decoder
     that saw posteriors only mixes verbs; told these, it divides all of N(0, I) among them.
     """
-    precision = (-logvar).exp()
-    square = z.square() @ precision.T - 2 * z @ (mu * precision).T
-    square += (mu.square() * precision).sum(1)  # (D, 4N)
-    log_q = -0.5 * (square + logvar.sum(1))  # up to a constant
+    log_q = Normal(mu, (0.5 * logvar).exp()).log_prob(z[:, None]).sum(2)  # (D, 4N)
     return log_q.unflatten(1, (-1, len(TENSES))).logsumexp(2).argmax(1)
 
 
 def prior_loss(
-    model: CVAE, forms: Tensor, posteriors: tuple[Tensor, Tensor], count: int, generator: Generator
+    model: CVAE, forms: Tensor, posteriors: tuple, count: int, generator: Generator
 ) -> Tensor:
     """The loss of spelling `count` draws from N(0, I) as the likeliest of the verbs (N, 4, T)."""
     z = torch.randn(count, model.latent_dim, generator=generator).to(posteriors[0].device)  # (D, k)
@@ -350,7 +343,7 @@ def prior_loss(
 # train and evaluate -------------------------------------------------------------------------------
 
 
-def train(model: CVAE, verbs: Verbs, args: argparse.Namespace, state: dict) -> CVAE:
+def train(model: CVAE, verbs: Verbs, args: Namespace, state: dict) -> CVAE:
     """Train `model` from the last epoch's end in `state` on; return the average of its weights.
 
     Order and noise are functions of (seed, epoch, step), so N epochs equal k and the others later.
@@ -365,7 +358,6 @@ def train(model: CVAE, verbs: Verbs, args: argparse.Namespace, state: dict) -> C
     first, per_epoch = len(state["history"]), math.ceil(len(forms) / args.batch_size)
     steps, began = args.epochs * per_epoch, time.monotonic() - state["seconds"]
     progress = tqdm(total=steps, initial=first * per_epoch, unit="batch", disable=None)
-
     for epoch in range(first, args.epochs):
         order = torch.randperm(len(forms), generator=seed_all(args.seed, epoch))
         forcing = 1 - (1 - args.teacher_forcing) * epoch / max(1, args.epochs - 1)
@@ -389,10 +381,11 @@ def train(model: CVAE, verbs: Verbs, args: argparse.Namespace, state: dict) -> C
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
             if not torch.isfinite(loss + norm):
-                facts = f"epoch {epoch + 1}, step {step + 1}: loss {loss:g}, gradient norm {norm:g}"
-                fail(f"{facts}. Lower --lr (now {args.lr:g})")
+                fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
             optimizer.step()
-            update_average(average, model, step)
+            with torch.no_grad():  # the average; the first steps are soon forgotten
+                share, weights = 1 - min(0.995, (1 + step) / (10 + step)), list(model.parameters())
+                torch._foreach_lerp_(list(average.parameters()), weights, share)
             sums += torch.stack([reconstruction[: len(rows)].sum(), kl.sum()]).detach()
             progress.update()
         row = {"epoch": epoch + 1, "kl_weight": weight, "teacher_forcing": forcing}
@@ -400,18 +393,11 @@ def train(model: CVAE, verbs: Verbs, args: argparse.Namespace, state: dict) -> C
         row["bleu4"] = score_conversions(average, verbs.tests)[2]
         row["gaussian_score"], _ = score_generated(generate(average, 100, args.seed), verbs.train)
         state["history"].append(row)
-        state |= {name: part.state_dict() for name, part in parts.items()}
         state["seconds"] = time.monotonic() - began
+        state |= {name: part.state_dict() for name, part in parts.items()}
         write_file(args.out / "checkpoint.pt", partial(torch.save, state))
     progress.close()
     return average
-
-
-@torch.no_grad()
-def update_average(average: CVAE, model: CVAE, step: int) -> None:
-    pace = 1 - min(0.995, (1 + step) / (10 + step))  # the first steps are soon forgotten
-    for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(weight, pace)
 
 
 @torch.no_grad()
@@ -478,11 +464,10 @@ def score_run(model: CVAE, verbs: Verbs, seed: int) -> dict:
     pairs = [(i, j) for i in range(len(TENSES)) for j in range(len(TENSES)) if i != j]
     asked = [(verb[i], verb[j], i, j) for verb in verbs.held_out for i, j in pairs]
     _, exact, bleu = score_conversions(model, asked) if asked else (None, None, None)
-    trained = [test for test in verbs.tests if any({*test[:2]} <= {*verb} for verb in verbs.train)]
     metrics = {"gaussian_score_10000": share, "distinct_valid_per_100": distinct}
     metrics |= {"heldout_exact": exact, "heldout_bleu4": bleu, "heldout_verbs": len(verbs.held_out)}
-    metrics |= {"test_verbs_trained_on": len(trained), "verbs": len(verbs.train)}
-    return metrics | {"parameters": sum(p.numel() for p in model.parameters())}
+    metrics |= {"verbs": len(verbs.train), "parameters": sum(p.numel() for p in model.parameters())}
+    return metrics
 
 
 # figures ------------------------------------------------------------------------------------------
@@ -492,36 +477,30 @@ def plot_history(path: Path, histories: dict[str, list[dict]]) -> None:
     """A column for each run: losses, KL weight and teacher forcing, and both scores by epoch."""
     figure = Figure(figsize=(1.2 + 5.2 * len(histories), 8), dpi=150, layout="constrained")
     grid = figure.subplots(3, len(histories), squeeze=False, sharex="col", sharey="row")
-    units = ("nats per word", "weight, ratio", "score")
-    names = (
-        ["reconstruction", "kl"],
-        ["kl_weight", "teacher_forcing"],
-        ["bleu4", "gaussian_score"],
-    )
+    rows = {"nats per word": ["reconstruction", "kl"]}
+    rows |= {
+        "weight, ratio": ["kl_weight", "teacher_forcing"],
+        "score": ["bleu4", "gaussian_score"],
+    }
     for panels, (name, history) in zip(grid.T, histories.items(), strict=True):
-        frame = pd.DataFrame(history)
-        for panel, unit, keys in zip(panels, units, names, strict=True):
-            panel.plot(frame["epoch"], frame[keys], label=keys)
-            panel.set(ylabel=unit)
-            panel.legend()
+        for panel, (unit, keys) in zip(panels, rows.items(), strict=True):
+            pd.DataFrame(history).plot("epoch", keys, ax=panel, ylabel=unit)
         panels[0].set(title=f"{name} KL weight", yscale="symlog", ylim=(0, None))
-        panels[2].set(xlabel="epoch", ylim=(0, 1.02))
-        panels[2].xaxis.get_major_locator().set_params(integer=True)
+        panels[2].set(ylim=(0, 1.02))
     write_file(path, partial(figure.savefig, format="png"))
 
 
-def write_results(args: argparse.Namespace, model: CVAE, verbs: Verbs, history: list[dict]) -> None:
+def write_results(args: Namespace, model: CVAE, verbs: Verbs, history: list[dict]) -> None:
     """Leave the tables and the figure in --out; print the conversions and some verbs from noise."""
     words, targets, sources, aims = zip(*verbs.tests, strict=True)
     tenses = [f"{TENSES[i]} -> {TENSES[j]}" for i, j in zip(sources, aims, strict=True)]
     conversions = pd.DataFrame({"input": words, "tenses": tenses, "target": targets})
-    conversions["prediction"], _, _ = score_conversions(model, verbs.tests)
-    known, drawn = set(verbs.train), generate(model, 100, args.seed)
-    generated = pd.DataFrame(drawn, columns=TENSES)
-    generated["training line"] = [verb in known for verb in drawn]
-    path = between(model, verbs.train[0][0], verbs.train[-1][0])
-    tables = {"history": pd.DataFrame(history), "conversions": conversions, "generated": generated}
-    tables["interpolation"] = pd.DataFrame(path, columns=TENSES)
+    conversions["prediction"] = score_conversions(model, verbs.tests)[0]
+    generated = pd.DataFrame(drawn := generate(model, 100, args.seed), columns=TENSES)
+    generated["training line"] = [verb in set(verbs.train) for verb in drawn]
+    path = pd.DataFrame(between(model, verbs.train[0][0], verbs.train[-1][0]), columns=TENSES)
+    tables = {"history": pd.DataFrame(history), "interpolation": path}
+    tables |= {"conversions": conversions, "generated": generated}
     for name, frame in tables.items():
         write_file(args.out / f"{name}.csv", partial(frame.to_csv, index=False, mode="wb"))
     plot_history(args.out / "training.png", {args.kl_schedule: history})
@@ -547,7 +526,7 @@ def one_line(path: Path | str, mend: str) -> Iterator[None]:
         fail(f"{path}: {reason[:300].rstrip('.')}. {mend}")
 
 
-def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[float, float]]) -> None:
+def check_ranges(args: Namespace, ranges: dict[str, tuple[float, float]]) -> None:
     """End the program unless each argument lies between its two ends, which it may take."""
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
@@ -555,25 +534,22 @@ def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[float, float]
             fail(f"--{name.replace('_', '-')} {value}: give a number from {low:g} to {high:g}")
 
 
-def exit_on_signals(argv: list[str] | None) -> None:
+def exit_on_signals() -> None:
     """Let Ctrl-C and SIGTERM end the process at once, with the command that goes on from there."""
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-    several = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    start = several if "RANK" in os.environ else ["python"]
 
     def stop(number: int, frame) -> None:
-        print("\nstopped   go on with:", shlex.join([*start, sys.argv[0], *words, "--resume"]))
+        print("\nstopped   go on with:", shlex.join(["python", *sys.argv, "--resume"]))
         raise SystemExit(128 + number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
 
 
-def seed_all(*numbers: int) -> torch.Generator:
+def seed_all(*numbers: int) -> Generator:
     """Seed torch by the place in the run, such as (seed, epoch, step); return a generator too."""
     seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
     torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
+    return Generator().manual_seed(seed)
 
 
 def pick_device(name: str) -> torch.device:
@@ -593,14 +569,11 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def write_file(path: Path, save: Callable[[io.BytesIO], object]) -> None:
-    """Let `save` fill a buffer, and move it to `path` when it is all on disk: never half a file."""
+    """Let `save` fill a buffer, and move it to `path` when it is written: never half a file."""
     content, temporary = io.BytesIO(), path.with_name(f".{path.name}.tmp")
     save(content)
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())  # so that not even a power cut leaves half of it
+        temporary.write_bytes(content.getbuffer())
         os.replace(temporary, path)
     except OSError as error:
         fail(f"{path}: cannot be written ({error.strerror}). Make room, then add --resume")
@@ -614,16 +587,15 @@ def write_json(path: Path, value: dict) -> None:
 
 
 @contextlib.contextmanager
-def open_run(folder: Path, args: argparse.Namespace, hashes: dict[str, str]) -> Iterator[None]:
+def open_run(folder: Path, args: Namespace, hashes: dict[str, str]) -> Iterator[None]:
     """Hold the run's folder while the block lasts; a run that starts over keeps the old one."""
-    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
     previous = folder.parent / f"{folder.name}.previous"
     used = [p for p in (folder, previous) if p.is_dir() and {*p.iterdir()} - {*p.glob(".*.tmp")}]
     if folder.name in ("", "..") or not all((p / "config.json").exists() for p in used):
         fail(f"{folder}, or {previous.name}: not the folder of a run. Name another with --out")
     with one_line(folder, "Wait for the other run, or name another folder with --out"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0).acquire()
         if not args.resume and (folder / "checkpoint.pt").exists():
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
@@ -634,11 +606,9 @@ def open_run(folder: Path, args: argparse.Namespace, hashes: dict[str, str]) -> 
     git = subprocess.run(commit, capture_output=True, text=True) if shutil.which("git") else None
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     facts = {"sha256": hashes, "seed": args.seed, "commit": git and git.stdout.strip()}
-    try:
+    with lock:
         write_json(folder / "config.json", {"arguments": vars(args), "versions": versions} | facts)
         yield
-    finally:
-        lock.release()
 
 
 def load_checkpoint(path: Path, version: str, settings: dict) -> dict:
@@ -662,7 +632,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * decay))
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.error = fail
     other = ", ".join(f"{name} {value:g}" for name, value in WITH_HOLDOUT.items())
@@ -711,15 +681,13 @@ def load_finished(folder: Path) -> CVAE:
     path = folder / "checkpoint.pt"
     state = load_checkpoint(path, VERSION, {}) if path.exists() else {}
     if "metrics" not in state:
-        fail(
-            f"{folder}: no finished run there. Train, add --resume to go on, or name one with --out"
-        )
+        fail(f"{folder}: no finished run there. Train, add --resume to go on, or name its --out")
     model = CVAE(state["settings"]["latent_dim"], state["settings"]["hidden_dim"])
     model.load_state_dict(state["average"])
     return model
 
 
-def use_finished(args: argparse.Namespace) -> dict:
+def use_finished(args: Namespace) -> dict:
     """What --convert, --generate and --interpolate print."""
     for word in [args.convert, *(args.interpolate or [])]:
         if word is not None and not re.fullmatch(WORD, word):
@@ -736,7 +704,7 @@ def use_finished(args: argparse.Namespace) -> dict:
     return {"verbs": verbs}
 
 
-def run(args: argparse.Namespace, verbs: Verbs) -> dict:
+def run(args: Namespace, verbs: Verbs) -> dict:
     """Begin the run in --out, or go on with it; leave its results there and return the metrics."""
     checkpoint, path = args.out / "checkpoint.pt", args.out / "metrics.json"
     settings = {name: getattr(args, name) for name in (*RANGES, "kl_schedule")} | verbs.hashes
@@ -766,7 +734,7 @@ def run(args: argparse.Namespace, verbs: Verbs) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` and return the final metrics."""
-    exit_on_signals(argv)
+    exit_on_signals()
     if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal lacks stops nothing
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parse_args(argv)
@@ -777,13 +745,11 @@ def main(argv: list[str] | None = None) -> dict:
     folder = args.data or next(iter(found), folders[0])
     print(f"data      {folder}" + (f", the bundled sample. {SOURCE}" if folder == sample else ""))
     metrics = run(args, read_verbs(folder, args.holdout, args.limit, args.seed))
-    for name, value in metrics.items():
-        print(f"{name:24}{round(value, 4) if isinstance(value, float) else value}")
+    print(pd.Series(metrics).to_string())
     if not args.holdout:
         print("bleu4 is memory where the tests' verbs were trained on; --holdout 100 asks for more")
     print(f"wrote     tables, training.png, metrics.json and the model in {args.out}/")
-    command = ["python", sys.argv[0], "--out", str(args.out), "--convert", "carry", "--to", "past"]
-    print(f"next      {shlex.join(command)}")
+    print(f"next      python {sys.argv[0]} --out {args.out} --convert carry --to past")
     return metrics
 
 

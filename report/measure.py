@@ -88,14 +88,13 @@ def delete_tokens(model: t.TransformerClassifier, text: torch.Tensor) -> list[fl
     Of the whole text, then without its most attended tokens, then without random ones.
     """
     count = max(1, round(DELETED * len(text)))
-    _, attn = model(text[None], return_attn=True)
+    _, attn = model(text[None])
     received = attn[0].mean((0, 1))  # (T,), over heads and over the tokens that look
     rest = received.argsort()[: len(text) - count].sort().values
     texts = [text, text[rest]]
     texts += [text[torch.randperm(len(text))[count:].sort().values] for _ in range(DRAWS)]
-    p = model(pad_sequence(texts, batch_first=True, padding_value=t.PAD)).softmax(
-        -1
-    )  # (2 + DRAWS, C)
+    logits, _ = model(pad_sequence(texts, batch_first=True, padding_value=t.PAD))
+    p = logits.softmax(-1)  # (2 + DRAWS, C)
     p = p[:, p[0].argmax()]
     return [p[0].item(), p[1].item(), p[2:].mean().item()]
 
@@ -128,7 +127,7 @@ def attention_words(
     found = []
     for model, row, predicted in held_out:
         words = [names[word] for word in tokens[row][:, 0]]
-        _, attn = model(tokens[row][None], return_attn=True)
+        _, attn = model(tokens[row][None])
         received = attn[0].mean(0).sum(0).tolist()  # mean over heads, sum over who looks
         found += [(predicted, word, share) for word, share in zip(words, received, strict=True)]
     table = pd.DataFrame(found, columns=["predicted_class", "word", "attention_over_even_share"])
@@ -271,7 +270,7 @@ def mutual_information(mu: torch.Tensor, logvar: torch.Tensor) -> float:
 
 def whitening(prior) -> tuple[torch.Tensor, torch.Tensor]:
     """m (k,) and A (k, k) such that u = A (z - m) has mean 0 and covariance I under p(z)."""
-    parts = (part.cpu().double() for part in (prior.log_weights.exp(), prior.loc, prior.A))
+    parts = (part.cpu().double() for part in (prior.logits.softmax(0), prior.loc, prior.A))
     weights, means, factors = parts
     roots, m = torch.linalg.inv(factors), weights @ means
     offset = (means - m) * weights[:, None].sqrt()
@@ -312,12 +311,11 @@ def measure_one_vae(script: ModuleType, run: Path) -> None:
     model, _ = script.load_finished(run, device)
     images, sha256 = script.load_images(script.find_data(args.data))
     check_data(run, {"data": sha256})
-    test = script.split_images(images, args.seed, args.limit).test[
-        :2000
-    ]  # the mixture takes N² distances
+    test = script.split_images(images, args.seed, args.limit)["test"]
+    test = test[:2000]  # the mixture takes N² distances
     _, each = script.evaluate(model, test, args, final=True)
     mu, logvar = each["mu"].double(), each["variance"].double().log()
-    m, A = whitening(model.prior())
+    m, A = whitening(model.prior)
     mean, eigenvalues = aggregate_posterior(mu, logvar, m, A)
     measured = {
         "mutual_information": mutual_information(mu, logvar),

@@ -140,18 +140,6 @@ def test_kl_weight_schedules():
     )
 
 
-def test_mix_letters():
-    torch.manual_seed(0)
-    right, logits = torch.randint(1, 27, (50, 9)), torch.randn(50, 9, 28)
-    guesses = logits.argmax(-1)
-    shifted = torch.cat([torch.zeros(50, 1, dtype=torch.long), right[:, :-1]], 1)
-    assert torch.equal(cvae.mix_letters(right, logits, 1.0), shifted)
-    assert torch.equal(cvae.mix_letters(right, logits, 0.0)[:, 1:], guesses[:, :-1])
-    assert (
-        (cvae.mix_letters(right, logits, 0.7) == shifted)[:, 1:]
-    ).float().mean() == pytest.approx(0.7, abs=0.08)
-
-
 def test_likeliest_verbs_equal_torch_distributions():
     torch.manual_seed(0)
     (mu, logvar), z = torch.randn(2, 7, 4, 3), torch.randn(50, 3)
@@ -222,7 +210,7 @@ def test_run_leaves_what_it_promises(here, capsys):
     tables = {"conversions.csv", "generated.csv", "history.csv", "interpolation.csv"}
     assert left == tables | {"config.json", "checkpoint.pt", "metrics.json", "training.png"}
     assert json.loads((here / "run" / "metrics.json").read_text()) == metrics
-    assert metrics["heldout_exact"] is None and metrics["test_verbs_trained_on"]
+    assert metrics["heldout_exact"] is None
     out = capsys.readouterr().out
     assert all(name in out for name in metrics) and "--convert" in out
     assert pd.read_csv("run/conversions.csv")["target"].tolist() == ["accepted", "add"]
@@ -236,11 +224,7 @@ def test_run_leaves_what_it_promises(here, capsys):
 
 def test_held_out_verbs_are_not_trained_on(here):
     metrics = run("--holdout", "5")
-    assert (
-        metrics["heldout_verbs"] == 5
-        and 0 <= metrics["heldout_exact"] <= 1
-        and not metrics["test_verbs_trained_on"]
-    )
+    assert metrics["heldout_verbs"] == 5 and 0 <= metrics["heldout_exact"] <= 1
     verbs = cvae.read_verbs(here / "verbs", 5, None, 0)
     trained = {form for verb in verbs.train for form in verb}
     assert not trained & {form for verb in verbs.held_out for form in verb}
@@ -300,7 +284,7 @@ def test_non_finite_loss_ends_the_run_and_leaves_the_last_epoch(here, monkeypatc
         run("--prior-draws", "0")
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1
-    assert "epoch 2, step 5" in error and "Lower --lr (now 0.004)" in error
+    assert "epoch 2, step 5" in error and "Lower --lr" in error
     assert len(torch.load("run/checkpoint.pt", weights_only=True)["history"]) == 1
 
 
@@ -309,7 +293,7 @@ def test_repeated_and_out_of_order_lines_are_reported(here, capsys):
         file.write("accept accepts accepting accepted\ndrip dripped dript drips\n")
     assert len(cvae.read_train(Path("verbs/train.txt"))) == 40
     out = capsys.readouterr().out
-    assert "2 lines left out" in out and "drip dripped dript drips" in out
+    assert "2 lines left out, repeated or without -ing third" in out
 
 
 def test_the_courses_ten_pairs_have_the_tenses_of_its_readme(here):

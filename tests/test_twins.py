@@ -10,12 +10,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"transformer.py": 800, "vae_mnist.py": 800, "vae_anime.py": 800, "lab4/cvae.py": 700}
-LENGTHS = (1035, 990, 1078, 791)  # to be lowered with each cut, never raised
+LENGTHS = (966, 895, 977, 757)  # to be lowered with each cut, never raised
 LONGEST_YET = dict(zip(SCRIPTS, LENGTHS, strict=True))
-MAY_DIFFER = {
-    *("load_images", "augment", "Encoder", "Decoder", "VAE", "log_prob", "mean", "bits_per_dim")
-}
-ONLY_FACES = {"Features", "Rung", "Pixels", "cosines", "frequencies"}  # of network and likelihood
+MAY_DIFFER = {"load_images", "augment", "encoder", "decoder", "VAE", "bits_per_dim"}
+ONLY_FACES = {"Features", "Rung", "Pixels", "frequencies"}  # of network and likelihood
 CONSTANTS = {
     *("(SCRIPT, VERSION)", "DATA", "SOURCE", "SHAPE", "LEVELS", "LATENT_DIM", "WIDTH", "EPOCHS"),
     *(
@@ -156,7 +154,7 @@ def test_the_twins_are_twins(twins):
         ("0.5 * (distance + trace", "0.5 * (distance - trace", "Prior"),
         ("def total_kl", "def whole_kl", "names or their order"),
         ("# model -", "# the model -", "banners"),
-        ("def fit_prior", "def added():\n    pass\n\n\ndef fit_prior", "names or their order"),
+        ("def total_kl", "def added():\n    pass\n\n\ndef total_kl", "names or their order"),
     ],
 )
 def test_the_rule_sees_a_mutation(twins, old, new, blamed):
@@ -166,8 +164,8 @@ def test_the_rule_sees_a_mutation(twins, old, new, blamed):
 
 def test_the_rule_sees_a_copied_block(twins):
     digits, faces = (dict(pieces(source)) for source in twins)
-    copied = twins[1].replace(faces["mean"], digits["mean"])
-    assert "mean has become identical" in differences(twins[0], copied)
+    copied = twins[1].replace(faces["decoder"], digits["decoder"])
+    assert "decoder has become identical" in differences(twins[0], copied)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

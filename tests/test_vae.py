@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,36 +88,33 @@ def without_seconds(metrics):
 def tiny_model(twin, count=4, learned_prior=True):
     torch.manual_seed(0)
     model = twin.VAE(count, learned_prior)
-    twin.initialize(model, torch.randint(0, 256, (40, *twin.SHAPE), dtype=torch.uint8))
+    model.mean_image.uniform_(0.2, 0.8)
     return model.eval()
 
 
 # mathematics --------------------------------------------------------------------------------------
 
 
-def random_prior(twin, components, count):
-    A = (
-        torch.randn(components, count, count).tril(-1)
-        + torch.rand(components, count).add(0.5).diag_embed()
-    )
-    return twin.Prior(torch.randn(components).log_softmax(0), torch.randn(components, count), A)
+def random_prior(twin, count, latent_dim):
+    """Gaussians of any place, shape and weight."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(twin, "PRIOR_GAUSSIANS", count)
+        prior = twin.Prior(latent_dim, True)
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    return prior.requires_grad_(False)
 
 
 def torch_prior(prior):
     gaussians = torch.distributions.MultivariateNormal(
         prior.loc, precision_matrix=prior.A.mT @ prior.A
     )
-    return torch.distributions.MixtureSameFamily(
-        torch.distributions.Categorical(logits=prior.log_weights), gaussians
-    )
-
-
-def parts(prior):
-    return prior.log_weights, prior.loc, prior.A
+    weights = torch.distributions.Categorical(logits=prior.logits)
+    return torch.distributions.MixtureSameFamily(weights, gaussians)
 
 
 def mean_kl(twin, mu, variance, prior):
-    return twin.kl_divergence(twin.gaussian(mu, variance.log()), prior).mean()
+    return twin.D.kl_divergence(twin.gaussian(mu, variance.log()), prior).mean()
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -126,12 +124,12 @@ def test_kl_divergence_equals_torch_distributions(twin):
     ours = twin.gaussian(mu, logvar)
     q = torch.distributions.MultivariateNormal(mu, (logvar.exp()).diag_embed())
     expected = torch.distributions.kl_divergence(q, torch_prior(prior).component_distribution)
-    torch.testing.assert_close(twin.kl_divergence(ours, prior), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(twin.total_kl([(mu, ours, prior)]), expected, rtol=1e-4, atol=1e-4)
     normal = torch.distributions.kl_divergence(
         torch.distributions.Normal(mu, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)
     ).sum(1)
-    plain = tiny_model(twin, 6, False).prior()
-    torch.testing.assert_close(twin.kl_divergence(ours, plain), normal)
+    plain = twin.Prior(6, False)
+    torch.testing.assert_close(twin.total_kl([(mu, ours, plain)]), normal)
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -142,58 +140,58 @@ def test_kl_to_a_mixture_is_an_upper_bound_and_tight_for_a_sharp_posterior(twin)
         q = twin.gaussian(mu, logvar)
         z = q.sample((20_000,))
         sampled = (q.log_prob(z) - torch_prior(prior).log_prob(z)).mean(0)
-        excess = twin.kl_divergence(q, prior) - sampled
+        excess = twin.D.kl_divergence(q, prior) - sampled
         assert (excess > -0.05).all() and (excess < close).all()
 
 
 @pytest.mark.parametrize("twin", TWINS)
-def test_fit_prior_of_one_gaussian_is_the_aggregate_posterior(twin):
+def test_fit_of_one_gaussian_is_the_aggregate_posterior(twin):
     mu, variance = torch.randn(400, 3) @ torch.randn(3, 3), torch.randn(400, 3).exp()
-    fitted = twin.fit_prior(random_prior(twin, 1, 3), mu, variance)
+    prior = random_prior(twin, 1, 3)
+    prior.fit(mu, variance)
     covariance = mu.T.cov(correction=0) + variance.mean(0).diag()
-    torch.testing.assert_close(fitted.loc[0], mu.mean(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        (fitted.A[0].mT @ fitted.A[0]).inverse(), covariance, rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(prior.loc[0], mu.mean(0), rtol=1e-4, atol=1e-5)
+    precision = prior.A[0].mT @ prior.A[0]
+    torch.testing.assert_close(precision.inverse(), covariance, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("twin", TWINS)
-def test_fit_prior_equals_scikit_learn_on_sharp_posteriors(twin):
+def test_fit_equals_scikit_learn_on_sharp_posteriors(twin):
     """With σ near 0 it is EM for a mixture of Gaussians; 20 posteriors of 9,000 hardly show."""
     from sklearn.mixture import GaussianMixture
 
     torch.manual_seed(0)
-    places = torch.tensor([[-6.0, 0.0], [0.0, 6.0], [6.0, 0.0]])
-    drawn = random_prior(twin, 3, 2)
-    truth = twin.Prior(drawn.log_weights, places, drawn.A)
-    mu, variance = torch_prior(truth).sample((9000,)), torch.full((9000, 2), 1e-7)
-    start = twin.Prior(torch.full((3,), -math.log(3)), places + 1, drawn.A)
-    fitted = twin.fit_prior(start, mu, variance)
+    prior, places = random_prior(twin, 3, 2), torch.tensor([[-6.0, 0.0], [0.0, 6.0], [6.0, 0.0]])
+    prior.loc.copy_(places)
+    mu = torch_prior(prior).sample((9000,))
+    prior.loc.add_(1.0)
+    prior.logits.zero_()
+    prior.fit(mu, torch.full((9000, 2), 1e-7))
     reference = GaussianMixture(3, means_init=places.numpy(), random_state=0).fit(mu.numpy())
-    assert torch_prior(fitted).log_prob(mu).mean() == pytest.approx(
+    assert torch_prior(prior).log_prob(mu).mean() == pytest.approx(
         reference.score(mu.numpy()), abs=0.01
     )
-    np.testing.assert_allclose(fitted.loc, reference.means_, atol=0.05)
-    np.testing.assert_allclose(fitted.log_weights.exp(), reference.weights_, atol=0.01)
+    np.testing.assert_allclose(prior.loc, reference.means_, atol=0.05)
+    np.testing.assert_allclose(prior.logits.softmax(0), reference.weights_, atol=0.01)
 
 
 @pytest.mark.parametrize("twin", TWINS)
-def test_fit_prior_lowers_the_kl_and_stays_sound_where_it_has_little_to_fit(twin):
+def test_fit_lowers_the_kl_and_stays_sound_where_it_has_little_to_fit(twin):
     torch.manual_seed(0)
     prior, mu, variance = random_prior(twin, 8, 4), torch.randn(30, 4), torch.randn(30, 4).exp()
-    fitted = twin.fit_prior(prior, mu, variance)
-    assert mean_kl(twin, mu, variance, fitted) < mean_kl(twin, mu, variance, prior)
-    for collapsed in (mu[:1].expand(30, 4), mu[:3]):
-        fitted = twin.fit_prior(prior, collapsed, variance[: len(collapsed)])
-        assert all(part.isfinite().all() for part in parts(fitted))
+    before = mean_kl(twin, mu, variance, prior)
+    prior.fit(mu, variance)
+    assert mean_kl(twin, mu, variance, prior) < before
     apart = torch.randn(3, 4) * 1e9  # three codes, four dimensions: nothing to invert
-    fitted = twin.fit_prior(random_prior(twin, 1, 4), apart, torch.full((3, 4), 1e-9))
-    assert all(part.isfinite().all() for part in parts(fitted))
-    model = tiny_model(twin)
-    fitted = random_prior(twin, len(model.prior.loc), 4)
-    model.prior.set(fitted)
-    for found, given in zip(parts(model.prior()), parts(fitted), strict=True):
-        torch.testing.assert_close(found, given)
+    few = (
+        (mu[:1].expand(30, 4), variance),
+        (mu[:3], variance[:3]),
+        (apart, torch.full((3, 4), 1e-9)),
+    )
+    for codes, spread in few:
+        prior = random_prior(twin, 8, 4)
+        prior.fit(codes, spread)
+        assert all(part.isfinite().all() for part in prior.parameters())
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -213,13 +211,17 @@ def test_the_prior_is_the_mixture(twin):
 
 def test_log_prob_equals_torch_distributions():
     torch.manual_seed(0)
-    logits, x = torch.randn(3, 1, 28, 28), torch.randint(0, 2, (3, 1, 28, 28)).float()
-    expected = torch.distributions.Bernoulli(logits=logits).log_prob(x).flatten(1).sum(1)
-    torch.testing.assert_close(vae_mnist.log_prob(logits, x), expected)
+    x = torch.randint(0, 2, (3, 1, 28, 28)).float()
+    model, z = tiny_model(vae_mnist), torch.randn(3, 4)
+    pixels, _ = model.decode(z)
+    logits = pixels.base_dist.logits
+    expected = -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum((1, 2, 3))
+    torch.testing.assert_close(pixels.log_prob(x), expected)
+    torch.testing.assert_close(pixels.mean, logits.sigmoid())
     mean, log_sigma, x = torch.rand(3, 3, 64, 64), torch.tensor(-1.3), torch.rand(3, 3, 64, 64)
     expected = torch.distributions.Normal(mean, log_sigma.exp()).log_prob(x).flatten(1).sum(1)
     pixels = vae_anime.Pixels(mean, log_sigma, mean)
-    torch.testing.assert_close(vae_anime.log_prob(pixels, x), expected, rtol=1e-4, atol=0.5)
+    torch.testing.assert_close(pixels.log_prob(x), expected, rtol=1e-4, atol=0.5)
 
 
 def test_frequencies_are_the_cosine_transform():
@@ -233,29 +235,24 @@ def test_frequencies_are_the_cosine_transform():
 
 def test_noise_of_each_frequency_is_fitted():
     """Of the family it is the maximum: σ of a frequency is that of its errors, and bits fall."""
-    torch.manual_seed(0)
     model = tiny_model(vae_anime)
-    images = torch.from_numpy(faces(40)).permute(0, 3, 1, 2)
-    pixels, codes = vae_anime.infer(model, x := vae_anime.to_pixels(images), model.encode(x))
-    before = vae_anime.bits_per_dim(pixels, x, vae_anime.total_kl(codes))
-    model.fit(model.prior(), images)
-    pixels, codes = vae_anime.infer(model, x, model.encode(x))
-    after = vae_anime.bits_per_dim(pixels, x, vae_anime.total_kl(codes))
-    assert after["bits_per_dim"].mean() < after["bits_per_dim_one_sigma"].mean()
-    assert after["bits_per_dim_one_sigma"].mean() < before["bits_per_dim"].mean()
-    errors = vae_anime.frequencies(pixels.mean - x).square().mean(0).sqrt()
-    ratio = (errors.clamp_min(1e-6) / pixels.log_sigma.exp()).log()
-    assert ratio.abs().median() < 0.2
-
-
-@pytest.mark.parametrize("twin", TWINS)
-def test_starts_from_the_mean_image(twin):
-    images = torch.from_numpy(digits(300))[:, None] if twin is vae_mnist else None
-    if images is None:
-        images = torch.from_numpy(faces(50)).permute(0, 3, 1, 2)
-    model = twin.VAE(4, True)
-    twin.initialize(model, images)
-    torch.testing.assert_close(model.mean_image, twin.to_pixels(images).mean(0))
+    x = vae_anime.to_pixels(torch.from_numpy(faces(40)).permute(0, 3, 1, 2))
+    with torch.no_grad():
+        model.train()
+        torch.manual_seed(0)
+        pixels, _ = vae_anime.infer(model, x, model.encode(x))
+        assert pixels.log_sigma.numel() == 1  # while it trains
+        model.squares.fill_(0.0)
+        torch.manual_seed(0)
+        model(x)
+        errors = vae_anime.frequencies(pixels.mean - x).square().mean(0)
+        torch.testing.assert_close(model.squares * 100, errors, rtol=1e-3, atol=1e-5)
+        model.squares.copy_(errors)
+        pixels, codes = vae_anime.infer(model.eval(), x, model.encode(x))
+        bits = vae_anime.bits_per_dim(pixels, x, vae_anime.total_kl(codes))
+        assert bits["bits_per_dim"].mean() < bits["bits_per_dim_one_sigma"].mean()
+        least = math.log(1 / (2 * math.pi * 255**2)) / 2
+        torch.testing.assert_close(pixels.log_sigma, errors.log().div(2).clamp_min(least))
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -272,7 +269,7 @@ def test_iwae_with_one_sample_is_the_elbo_and_grows_with_more(twin):
         q = model.encode(x)
         bounds = [twin.iwae_bound(model, x, q, 1).item() for _ in range(400)]
         params, codes = twin.infer(model, x.expand(400, -1, -1, -1), q.expand([400]))
-        elbos = twin.log_prob(params, x.expand(400, -1, -1, -1)) - twin.total_kl(codes)
+        elbos = params.log_prob(x.expand(400, -1, -1, -1)) - twin.total_kl(codes)
     spread = np.hypot(np.std(bounds), elbos.std().item()) / 20
     elbo = elbos.mean().item()
     assert abs(np.mean(bounds) - elbo) < 6 * spread + 1e-3 * abs(elbo)
@@ -282,7 +279,7 @@ def test_iwae_with_one_sample_is_the_elbo_and_grows_with_more(twin):
     torch.manual_seed(1)
     x = x.expand(64, -1, -1, -1)
     params, [(z, q, prior), *details] = twin.infer(model, x, q.expand([64]))
-    weights = twin.log_prob(params, x) + torch_prior(prior).log_prob(z) - q.log_prob(z)
+    weights = params.log_prob(x) + prior.log_prob(z) - q.log_prob(z)
     for code, q, p in details:
         weights += (p.base_dist.log_prob(code) - q.base_dist.log_prob(code)).flatten(1).sum(1)
     expected = weights.logsumexp(0).item() - math.log(64)
@@ -304,13 +301,13 @@ def test_collapse_is_measured(twin):
 
 @pytest.mark.parametrize("twin", TWINS)
 def test_forward_is_the_elbo(twin):
-    model, x = tiny_model(twin), twin.to_pixels(torch.randint(0, 256, (3, *twin.SHAPE)))
+    model, x = tiny_model(twin).train(), twin.to_pixels(torch.randint(0, 256, (3, *twin.SHAPE)))
     with torch.no_grad():
         torch.manual_seed(1)
         reconstruction, kl = model(x)
         torch.manual_seed(1)
         params, codes = twin.infer(model, x, model.encode(x))
-    torch.testing.assert_close(reconstruction, -twin.log_prob(params, x))
+    torch.testing.assert_close(reconstruction, -params.log_prob(x))
     torch.testing.assert_close(kl, twin.total_kl(codes))
     for code, q, p in codes:
         assert len(code) == len(q.log_prob(code)) == len(p.log_prob(code)) == 3
@@ -354,8 +351,8 @@ def test_refined_posteriors_are_better_on_images_never_seen():
     def loss(q, kl_weight):
         losses = []
         for _ in range(20):
-            logits, codes = vae_mnist.infer(model, x, q)
-            losses.append(-vae_mnist.log_prob(logits, x) + kl_weight * vae_mnist.total_kl(codes))
+            pixels, codes = vae_mnist.infer(model, x, q)
+            losses.append(-pixels.log_prob(x) + kl_weight * vae_mnist.total_kl(codes))
         return torch.stack(losses).mean(0).detach()
 
     for kl_weight in (0.0, 1.0, 100.0):
@@ -394,12 +391,12 @@ def test_overfits_32_images(twin, here):
     args.kl_weight = 1.0
     torch.manual_seed(0)
     model = twin.VAE(16, False)
-    twin.initialize(model, images)
-    state, split = {"epoch": 0, "history": []}, twin.Split(images, images, images)
+    model.mean_image.copy_(twin.to_pixels(images).mean(0))
+    state, split = {"history": []}, dict.fromkeys(("train", "validation", "test"), images)
     with twin.tqdm(disable=True) as bar:
         twin.train(model, split, args, state, lambda state: None, bar)
     first, last = state["history"][0], state["history"][-1]
-    assert state["epoch"] == len(state["history"]) == epochs
+    assert len(state["history"]) == epochs
     assert last["train_loss"] < first["train_loss"]
     if twin is vae_mnist:
         assert last["train_kl"] == pytest.approx(last["validation_kl"], rel=0.3)  # the same images
@@ -436,14 +433,7 @@ def test_run_leaves_what_it_promises(twin, here, capsys):
         test / math.prod(twin.SHAPE) / math.log(2) + offset
     )
     left = {path.name for path in folder.iterdir()}
-    figures = [
-        "learning-curve",
-        "reconstructions",
-        "samples",
-        "interpolation",
-        "posterior",
-        "posterior-collapse",
-    ]
+    figures = ["learning-curve", "reconstructions", "samples", "interpolation", "posterior"]
     assert {f"{name}.png" for name in figures} | {
         "config.json",
         "history.csv",
@@ -534,9 +524,9 @@ def test_evaluate_scores_images_of_all_the_file(twin, here, monkeypatch):
 @pytest.mark.parametrize("twin", TWINS)
 def test_the_last_fit_of_the_prior_is_kept_only_where_it_helps(twin, here, monkeypatch):
     fitted = run(twin)["kl"]["validation"]
-    monkeypatch.setattr(twin.VAE, "fit", lambda model, prior, images: None)
+    monkeypatch.setattr(twin.Prior, "fit", lambda prior, mu, variance: None)
     learned = run(twin)["kl"]["validation"]
-    monkeypatch.setattr(twin.VAE, "fit", lambda model, prior, images: model.prior.loc.data.add_(9))
+    monkeypatch.setattr(twin.Prior, "fit", lambda prior, mu, variance: prior.loc.data.add_(9))
     assert fitted <= learned + 0.01 and learned == run(twin)["kl"]["validation"]
 
 
@@ -559,7 +549,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_epoch(twin, here, monkeypatch,
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1, error
     assert "epoch 2, step 5. Lower --lr" in error
-    assert torch.load("cut/lambda-1/checkpoint.pt", weights_only=True)["epoch"] == 1
+    assert len(torch.load("cut/lambda-1/checkpoint.pt", weights_only=True)["history"]) == 1
     assert without_seconds(run(twin, "--out", "cut", "--resume")) == without_seconds(whole)
 
 
@@ -588,11 +578,7 @@ def test_faces_of_other_kinds_are_converted_skipped_and_counted(here, capsys):
     write_zip("mixed.zip", faces(20), extra=extra)
     images = vae_anime.load_images(Path("mixed.zip"))[0]
     out = capsys.readouterr().out
-    assert (
-        len(images) == 25
-        and "3 images cannot be read and are left out, such as 'a/broken.png'" in out
-    )
-    assert "3 images are not RGB" in out and "1 images are not (64, 64)" in out
+    assert len(images) == 25 and "3 images cannot be read, such as 'a/broken.png'" in out
     assert (
         not list(here.parent.rglob("escape.png")) and (images[:, 0] == 200).all((1, 2)).sum() == 4
     )
@@ -618,7 +604,7 @@ def test_zip_member_that_unpacks_to_gigabytes(here, capsys):
         ({"image": digits().astype(np.int32)}, ""),
         ({"image": digits() >> 7}, "stretched to 255"),
         ({"image": digits() >= 128}, "stretched to 255"),
-        ({"image": digits(60, 56)}, r"\(56, 56\) resized to \(28, 28\)"),
+        ({"image": digits(60, 56)}, ""),
     ],
     ids=["name", "trailing one", "channel", "float", "int", "0 and 1", "bool", "size"],
 )
@@ -627,7 +613,7 @@ def test_digits_of_other_kinds(here, capsys, arrays, warning):
     images, _ = vae_mnist.load_images(Path("other.npz"))
     assert images.shape == (60, 1, 28, 28) and images.dtype == np.uint8
     assert re.search(warning, capsys.readouterr().out)
-    if "size" not in warning and "(56" not in warning:
+    if 56 not in arrays.get("image", digits()).shape:
         two_levels = len(np.unique(arrays.get("image", digits()))) == 2
         assert np.array_equal(images[:, 0], 255 * (digits() >> 7) if two_levels else digits())
 
@@ -703,12 +689,6 @@ BOTH = {
     "truncated": (truncated, [], r"File is not a zip file\. (Make|Give)"),
     "negative": (lambda: None, ["--lambda", "-1"], r"--lambda -1\.0: give a number from 0 to"),
     "nan": (lambda: None, ["--lambda", "nan"], r"--lambda nan: give a number from 0 to"),
-    "twice": (lambda: None, ["--lambda", "1", "1.0"], r"--lambda 1 1: a value stands there twice"),
-    "one folder": (
-        lambda: None,
-        ["--lambda", "1", "1.0000001"],
-        r"--lambda 1 1: a value stands there twice",
-    ),
     "two tasks": (
         lambda: None,
         ["--sample", "3", "--lambda", "1", "2"],
@@ -724,7 +704,7 @@ BOTH = {
     "nothing to evaluate": (
         lambda: None,
         ["--sample", "3"],
-        r"lambda-1: no run there\. Train first",
+        r"lambda-1: no finished run there\. Train",
     ),
     "out is a file": (
         lambda: Path("out").touch(),
@@ -749,7 +729,7 @@ BAD = {
     ("no images", vae_mnist): (
         save(label=np.zeros(9)),
         [],
-        r"no array of images \(N, H, W\); found label",
+        r"no images \(N, H, W\) in it; found label",
     ),
     ("nan pixel", vae_mnist): (bad_values(np.nan), [], r"values outside 0 to 255"),
     ("large pixel", vae_mnist): (bad_values(300, int), [], r"values outside 0 to 255"),
@@ -804,7 +784,7 @@ def test_an_unfinished_run_has_no_model_to_use(twin, here, capsys):
         twin.main(["--sample", "3"])
     assert (
         stopped.value.code == 2
-        and "its run is not finished. Go on with it: --resume" in capsys.readouterr().err
+        and "no finished run there. Train, add --resume" in capsys.readouterr().err
     )
 
 
