@@ -82,6 +82,7 @@ PRIOR_GAUSSIANS = 64  # in the learned prior
 EPOCHS = 12
 LEARNING_RATE = 2e-3
 WARMUP = 0.0  # epochs
+EPSILON = 1e-2  # of Adam: with 1e-8 a ladder that λ = 50 has silenced drifts until its KL explodes
 MAX_NORM = 3000.0  # of the gradient
 TEMPERATURE = 0.75  # of draws
 ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2016)
@@ -446,7 +447,8 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
     """Minimise reconstruction + λ KL, on from `state`; return the average of the weights."""
     device, first = model.mean_image.device, len(state["history"])
     learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learned, args.lr, (0.9, 0.99), fused=device.type != "mps")
+    fused = device.type != "mps"
+    optimizer = torch.optim.Adam(learned, args.lr, (0.9, 0.99), EPSILON, fused=fused)
     average = copy.deepcopy(model).eval()  # of the weights: what is scored and kept
     parts = {"model": model, "average": average, "optimizer": optimizer}
     for name in parts.keys() & state.keys():

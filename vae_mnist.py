@@ -76,6 +76,7 @@ PRIOR_GAUSSIANS = 64  # in the learned prior; the digits come in clusters
 EPOCHS = 32
 LEARNING_RATE = 2e-3
 WARMUP = 2.0  # epochs
+EPSILON = 1e-8  # of Adam
 MAX_NORM = 200.0  # of the gradient
 REFINE, REFINE_RATE, REFINE_DRAWS = 20, 0.1, 4  # steps on q(z|x); Adam's rate; codes a step
 TEMPERATURE = 0.9  # of draws
@@ -364,7 +365,8 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
     """Minimise reconstruction + λ KL, on from `state`; return the average of the weights."""
     device, first = model.mean_image.device, len(state["history"])
     learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learned, args.lr, (0.9, 0.99), fused=device.type != "mps")
+    fused = device.type != "mps"
+    optimizer = torch.optim.Adam(learned, args.lr, (0.9, 0.99), EPSILON, fused=fused)
     average = copy.deepcopy(model).eval()  # of the weights: what is scored and kept
     parts = {"model": model, "average": average, "optimizer": optimizer}
     for name in parts.keys() & state.keys():
