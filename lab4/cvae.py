@@ -745,7 +745,8 @@ def main(argv: list[str] | None = None) -> dict:
     folder = args.data or next(iter(found), folders[0])
     print(f"data      {folder}" + (f", the bundled sample. {SOURCE}" if folder == sample else ""))
     metrics = run(args, read_verbs(folder, args.holdout, args.limit, args.seed))
-    print(pd.Series(metrics).to_string())
+    for name, value in metrics.items():
+        print(f"{name:24}{round(value, 4) if isinstance(value, float) else value}")
     if not args.holdout:
         print("bleu4 is memory where the tests' verbs were trained on; --holdout 100 asks for more")
     print(f"wrote     tables, training.png, metrics.json and the model in {args.out}/")

@@ -4,12 +4,15 @@ import os
 import shlex
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("gradio", reason="pip install -r demo/requirements.txt")
+Client = pytest.importorskip("gradio_client").Client
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium: apt-get install chromium")
@@ -141,3 +144,14 @@ def test_help_and_measures():
     assert source.count("\n") <= 350
     assert "nn.Module" not in source and os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     assert shlex.split(app.__doc__)[0] == "A"
+
+
+def test_ten_people_at_once(page):
+    """Each gets the answer to a text of their own."""
+    client = Client(page.url, verbose=False)
+    titles = [f"Oil prices fall for the {number}th day" for number in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        ask = partial(client.predict, description="", head="mean", api_name="/read")
+        answers = list(pool.map(lambda title: ask(title=title), titles))
+    for number, (probabilities, looked, _) in enumerate(answers):
+        assert len(probabilities["confidences"]) == 4 and f">{number}th<" in looked
