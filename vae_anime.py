@@ -82,7 +82,9 @@ PRIOR_GAUSSIANS = 64  # in the learned prior
 EPOCHS = 12
 LEARNING_RATE = 2e-3
 WARMUP = 0.0  # epochs
-EPSILON = 1e-2  # of Adam: with 1e-8 a ladder that λ = 50 has silenced drifts until its KL explodes
+EPSILON = (
+    1e-2  # of Adam: with 1e-8 a ladder that a large λ has silenced drifts till its KL explodes
+)
 MAX_NORM = 3000.0  # of the gradient
 TEMPERATURE = 0.75  # of draws
 ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2016)
@@ -467,12 +469,12 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
             reconstruction, kl = (term.mean() for term in parallel(x))
             weight = args.kl_weight * min(1.0, (step + 1) / max(1.0, WARMUP * per_epoch))
             optimizer.zero_grad()
-            (reconstruction + weight * kl).backward()
+            ((reconstruction + weight * kl) / max(1.0, weight)).backward()  # for Adam and the norm
             norm = nn.utils.clip_grad_norm_(learned, MAX_NORM)
             if not math.isfinite(reconstruction.item() + kl.item() + norm.item()):
                 fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
             optimizer.param_groups[0]["lr"] = learning_rate(step, args.epochs * per_epoch, args.lr)
-            if norm < 100 * MAX_NORM * (1 + weight):  # else an outlier (Child 2021)
+            if norm < 100 * MAX_NORM:  # else an outlier (Child 2021)
                 optimizer.step()
             with torch.no_grad():  # the average of about the last thousand steps
                 share = 1 - min(0.999, (1 + step) / (10 + step))

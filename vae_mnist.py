@@ -385,12 +385,12 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
             reconstruction, kl = (term.mean() for term in parallel(x))
             weight = args.kl_weight * min(1.0, (step + 1) / max(1.0, WARMUP * per_epoch))
             optimizer.zero_grad()
-            (reconstruction + weight * kl).backward()
+            ((reconstruction + weight * kl) / max(1.0, weight)).backward()  # for Adam and the norm
             norm = nn.utils.clip_grad_norm_(learned, MAX_NORM)
             if not math.isfinite(reconstruction.item() + kl.item() + norm.item()):
                 fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
             optimizer.param_groups[0]["lr"] = learning_rate(step, args.epochs * per_epoch, args.lr)
-            if norm < 100 * MAX_NORM * (1 + weight):  # else an outlier (Child 2021)
+            if norm < 100 * MAX_NORM:  # else an outlier (Child 2021)
                 optimizer.step()
             with torch.no_grad():  # the average of about the last thousand steps
                 share = 1 - min(0.999, (1 + step) / (10 + step))
