@@ -82,9 +82,7 @@ PRIOR_GAUSSIANS = 64  # in the learned prior
 EPOCHS = 12
 LEARNING_RATE = 2e-3
 WARMUP = 0.0  # epochs
-EPSILON = (
-    1e-2  # of Adam: with 1e-8 a ladder that a large λ has silenced drifts till its KL explodes
-)
+EPSILON = 1e-2  # of Adam: with 1e-8 a ladder silenced by a large λ drifts till its KL explodes
 MAX_NORM = 3000.0  # of the gradient
 TEMPERATURE = 0.75  # of draws
 ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2016)
@@ -867,7 +865,6 @@ def use_finished(args: Namespace) -> dict:
         metrics, each = score(model, images, order, args)
         metrics |= {"images": len(images), "seconds": time.monotonic() - began}
         arrays = {"image": images, "reconstruction": each["again"]}
-    # (N, C, H, W) -> (N, H, W) for grey, (N, H, W, 3) for colour
     arrays = {name: x.permute(0, 2, 3, 1).squeeze(-1).numpy() for name, x in arrays.items()}
     write_file(folder / f"{name}.npz", partial(np.savez_compressed, **arrays))
     print(f"wrote     {folder / name}.npz")

@@ -783,7 +783,6 @@ def use_finished(args: Namespace) -> dict:
         metrics, each = score(model, images, order, args)
         metrics |= {"images": len(images), "seconds": time.monotonic() - began}
         arrays = {"image": images, "reconstruction": each["again"]}
-    # (N, C, H, W) -> (N, H, W) for grey, (N, H, W, 3) for colour
     arrays = {name: x.permute(0, 2, 3, 1).squeeze(-1).numpy() for name, x in arrays.items()}
     write_file(folder / f"{name}.npz", partial(np.savez_compressed, **arrays))
     print(f"wrote     {folder / name}.npz")
