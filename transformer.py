@@ -683,14 +683,15 @@ def leave_results(args: Namespace, news: News, texts: list, state: dict, oof: Te
     table |= {f"p({name})": oof[:, i] for i, name in enumerate(classes)}
     save_table(table | {"text": news.texts[: len(oof)]}, args.out / "oof_predictions.csv")
     save_table(state["history"], args.out / "history.csv")
-    accuracy = (predicted == news.labels).float().mean().item()
-    save_figure(plot_learning_curve(state["history"], accuracy), args.out / "learning-curve.png")
+    right = (predicted == news.labels).float().mean().item()
+    curves = plot_learning_curve(state["history"], right, math.sqrt(right * (1 - right) / len(oof)))
+    save_figure(curves, args.out / "learning-curve.png")
     confusion = plot_confusion(news.labels, predicted, classes)
     save_figure(confusion, args.out / "confusion-matrix.png")
     draw_attention(args, news, texts, state, oof)
 
 
-def plot_learning_curve(history: list[dict], accuracy: float) -> Figure:
+def plot_learning_curve(history: list[dict], accuracy: float, error: float) -> Figure:
     """Training cross-entropy and accuracy of each model by epoch, and the out-of-fold accuracy."""
     figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
     units = {"cross_entropy": "cross-entropy (nats)", "accuracy": "accuracy"}
@@ -699,7 +700,7 @@ def plot_learning_curve(history: list[dict], accuracy: float) -> Figure:
         panel.plot(curves, ".-", color="tab:blue", alpha=0.4, linewidth=1)
         panel.plot([], [], color="tab:blue", label=f"training, {curves.shape[1]} models")
         panel.set(xlabel="epoch", ylabel=unit)
-    panel.axhline(accuracy, color="tab:red", label=f"out of fold {accuracy:.4f}")
+    panel.axhline(accuracy, color="tab:red", label=f"out of fold {accuracy:.4f} ± {error:.4f}")
     panel.legend()
     figure.suptitle("Training drops words and units; the out-of-fold texts are whole", fontsize=9)
     return figure
@@ -759,9 +760,8 @@ def draw_attention(
             shown = [f"[{token.word}]" if word == UNK else token.word for token, word in pairs]
             guess = f"predicted {classes[predicted[row]]} ({confidence[row]:.0%})"
             title = f"{news.header[0]} {news.ids[row]}: true {classes[news.labels[row]]}, {guess}"
-            save_figure(
-                plot_attention(shown, attn_weights[0], title), args.out / f"attention-{kind}.png"
-            )
+            figure = plot_attention(shown, attn_weights[0], title)
+            save_figure(figure, args.out / f"attention-{kind}.png")
 
 
 # run folder, errors, command line (much of it the same in every script) ---------------------------

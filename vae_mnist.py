@@ -883,7 +883,7 @@ def main(argv: list[str] | None = None) -> dict:
     exit_on_signals()
     with contextlib.redirect_stdout(io.StringIO() if RANK else sys.stdout):  # the first one speaks
         if args.evaluate or args.sample:
-            return use_finished(at_weight(args, args.kl_weight[0]))
+            return {} if RANK else use_finished(at_weight(args, args.kl_weight[0]))
         if WORLD > 1:
             dist.init_process_group("nccl" if pick_device(args.device).type == "cuda" else "gloo")
         metrics = train_all(args)
