@@ -78,7 +78,6 @@ def news_tab(folder: Path) -> None:
     with told_on_the_page():
         models, state = transformer.load_finished(folder)
     vocabulary = transformer.Vocabulary(**state["vocabulary"])
-    tokenize = transformer.make_tokenizer(state["settings"]["tokenizer"])
 
     def probabilities(texts: list[torch.Tensor]) -> torch.Tensor:
         each = [transformer.predict_probabilities(model, texts) for model in models]
@@ -88,11 +87,11 @@ def news_tab(folder: Path) -> None:
     def read(title: str, description: str, head: str) -> tuple[dict, str, str]:
         """Each class's probability, and the text shaded by attention and by deletion."""
         text = ("\t" if vocabulary.columns > 1 else " ").join([title, description])
-        tokens = transformer.split_text(text, vocabulary.columns, tokenize)
+        tokens = transformer.split_text(text, vocabulary.columns)
         if not tokens:
             raise sentence("Type a title or a description first.")
         encoded = vocabulary.encode(tokens)
-        words, rows = [token.word for token in tokens][: len(encoded)], torch.arange(len(encoded))
+        words, rows = [word for word, *_ in tokens][: len(encoded)], torch.arange(len(encoded))
         [shares] = probabilities([encoded])
         maps = [model(encoded[None])[1][0] for model in models]
         received = torch.stack(maps).mean((0, 2))  # (heads, T): by a word, from all words

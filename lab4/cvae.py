@@ -33,7 +33,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -536,9 +535,11 @@ def check_ranges(args: Namespace, ranges: dict[str, tuple[float, float]]) -> Non
 
 def exit_on_signals() -> None:
     """Let Ctrl-C and SIGTERM end the process at once, with the command that goes on from there."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
+    start = ["torchrun", "--nproc-per-node", processes] if processes else ["python"]
 
     def stop(number: int, frame) -> None:
-        print("\nstopped   go on with:", shlex.join(["python", *sys.argv, "--resume"]))
+        print("\nstopped   go on with:", shlex.join([*start, *sys.argv, "--resume"]))
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGINT, stop)
@@ -572,28 +573,26 @@ def write_file(path: Path, save: Callable[[io.BytesIO], object]) -> None:
     """Let `save` fill a buffer, and move it to `path` when it is written: never half a file."""
     content, temporary = io.BytesIO(), path.with_name(f".{path.name}.tmp")
     save(content)
-    try:
-        temporary.write_bytes(content.getbuffer())
-        os.replace(temporary, path)
-    except OSError as error:
-        fail(f"{path}: cannot be written ({error.strerror}). Make room, then add --resume")
-    finally:
-        temporary.unlink(missing_ok=True)
+    with one_line(path, "Make room, then add --resume"):
+        try:
+            temporary.write_bytes(content.getbuffer())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict) -> None:
-    text = json.dumps(value, indent=2, default=str) + "\n"
-    write_file(path, lambda file: file.write(text.encode()))
+    write_file(path, lambda file: file.write(json.dumps(value, indent=2, default=str).encode()))
 
 
 @contextlib.contextmanager
 def open_run(folder: Path, args: Namespace, hashes: dict[str, str]) -> Iterator[None]:
     """Hold the run's folder while the block lasts; a run that starts over keeps the old one."""
     previous = folder.parent / f"{folder.name}.previous"
-    used = [p for p in (folder, previous) if p.is_dir() and {*p.iterdir()} - {*p.glob(".*.tmp")}]
-    if folder.name in ("", "..") or not all((p / "config.json").exists() for p in used):
-        fail(f"{folder}, or {previous.name}: not the folder of a run. Name another with --out")
     with one_line(folder, "Wait for the other run, or name another folder with --out"):
+        for path in (folder, previous):
+            if any(path.glob("[!.]*")) and not (path / "config.json").exists():
+                raise ValueError(f"{path.name} is not the folder of a run")
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0).acquire()
         if not args.resume and (folder / "checkpoint.pt").exists():
@@ -602,12 +601,12 @@ def open_run(folder: Path, args: Namespace, hashes: dict[str, str]) -> Iterator[
             folder.mkdir()
         for stale in folder.glob(".*.tmp"):
             stale.unlink()
-    commit = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
-    git = subprocess.run(commit, capture_output=True, text=True) if shutil.which("git") else None
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    facts = {"sha256": hashes, "seed": args.seed, "commit": git and git.stdout.strip()}
+    git = shutil.which("git") and ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+    commit = git and subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    facts = {"arguments": vars(args), "sha256": hashes, "seed": args.seed, "commit": commit}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     with lock:
-        write_json(folder / "config.json", {"arguments": vars(args), "versions": versions} | facts)
+        write_json(folder / "config.json", facts | {"versions": versions})
         yield
 
 

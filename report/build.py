@@ -30,19 +30,19 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SCRIPTS = ("transformer.py", "vae_mnist.py", "vae_anime.py")
 FILES = {"vae_mnist.py": "TibetanMNIST.npz", "vae_anime.py": "anime-faces.zip"}  # in --data
-TOKENIZERS = ("basic_english", "spacy", "nltk", "whitespace")
+TOKENIZERS = ("basic_english", "spacy", "nltk", "whitespace")  # variant.py's
 SCHEDULES = ("monotonic", "cyclical")
 LAMBDAS = ["0", "1", "50", "100"]
-ABLATION = {  # name in the table: flags
+ABLATION = {  # name in the table: flags, or the name of a variant and flags
     "as it is": [],
     "2 layers": ["--layers", "2"],
     "1 head": ["--heads", "1"],
     "no dropout": ["--dropout", "0", "--word-dropout", "0"],
     "no word vectors": ["--vectors", "none"],
     "no R-Drop": ["--r-drop", "0"],
-    "Adam": ["--optimizer", "adam"],
-    "SGD, learning rate 0.1": ["--optimizer", "sgd", "--lr", "0.1"],
-    "ReLU": ["--activation", "relu"],
+    "Adam": ["adam"],
+    "SGD, learning rate 0.1": ["sgd", "--lr", "0.1"],
+    "ReLU": ["relu"],
 }
 
 
@@ -83,7 +83,7 @@ class Plan:
         file = FILES.get(script, "")
         given = ["--data", str(self.data / file)] if self.data else []
         out = ["--out", str(self.runs / key)]
-        command = [sys.executable, str(ROOT / script), *given, *out, *flags]
+        command = [sys.executable, str(ROOT / script), *flags, *given, *out]
         self.steps.append(Step(key, self.runs / key / done, command))
 
     def measure(self, key: str, what: str, folder: str, done: str, needs: list[str]) -> None:
@@ -100,12 +100,15 @@ def plan_transformer(plan: Plan, quick: bool) -> None:
         "transformer/measured", "transformer", "transformer", "measured.json", ["metrics.json"]
     )
     for name in TOKENIZERS:
-        plan.train(f"comparison/{name}", "transformer.py", [*few, "--tokenizer", name])
+        plan.train(f"comparison/{name}", "report/variant.py", [name, *few])
     needs = [f"{name}/metrics.json" for name in TOKENIZERS]
     plan.measure("comparison", "tokenizers", "comparison", "tokenizers.csv", needs)
     for name, flags in ABLATION.items():
         epochs = ["--epochs", "2" if quick else "8"]
-        plan.train(ablation_key(name), "transformer.py", [*epochs, *flags])
+        script = (
+            "report/variant.py" if flags[:1] in (["adam"], ["sgd"], ["relu"]) else "transformer.py"
+        )
+        plan.train(ablation_key(name), script, [*flags, *epochs])
 
 
 def plan_vae(plan: Plan, name: str, quick_epochs: str, sweep_epochs: str, quick: bool) -> None:

@@ -31,8 +31,9 @@ from matplotlib.figure import Figure
 from torch.nn.utils.rnn import pad_sequence
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "lab4")]
+sys.path[:0] = [str(ROOT), str(ROOT / "lab4"), str(ROOT / "report")]
 import cvae
+from variant import TOKENIZERS
 
 import transformer as t
 import vae_anime
@@ -144,15 +145,14 @@ def measure_transformer(run: Path) -> None:
     news = t.load_news(args)
     check_data(run, news.hashes)  # held-out rows are numbered as in the files trained on
     models, state = t.load_finished(run)
-    tokenize = t.make_tokenizer(args.tokenizer)
     vocabulary = t.Vocabulary(**state["vocabulary"])
-    texts = [t.split_text(text, vocabulary.columns, tokenize) for text in train_texts(news)]
+    texts = [t.split_text(text, vocabulary.columns) for text in train_texts(news)]
     tokens = [vocabulary.encode(text) for text in texts]
     lengths, size = list(map(len, tokens)), args.batch_size
     generator = t.seed_all(args.seed)
     rows = torch.randperm(len(tokens), generator=generator).tolist()
     random = [rows[i : i + size] for i in range(0, len(rows), size)]
-    alike = t.length_batches(lengths, size, generator)
+    alike = [batch.tolist() for batch in t.length_batches(tokens, size, generator)]
     measured = {
         "texts": len(tokens),
         "tokens": sum(lengths),
@@ -166,7 +166,9 @@ def measure_transformer(run: Path) -> None:
     held_out = [
         (model.eval(), row, state["classes"][guess])
         for model, member in zip(models, state["members"], strict=True)
-        for row, guess in zip(member["rows"], member["held_out"].argmax(-1), strict=True)
+        for row, guess in zip(
+            member["rows"], state["probabilities"][member["rows"]].argmax(-1), strict=True
+        )
     ]
     table = attention_words(held_out, tokens, list(vocabulary.words))
     write_table(run / "attention_words.csv", table, "%.3f")
@@ -199,7 +201,7 @@ def most_different(texts: list[str], tokens: dict[str, list[list[str]]]) -> int:
 
     def surprise(row: int) -> int:
         ways = {token for cut in tokens.values() for token in cut[row]}
-        return len(ways) - len(set(tokens[t.TOKENIZERS[0]][row]))
+        return len(ways) - len(set(tokens["basic_english"][row]))
 
     return max([row for row, text in enumerate(texts) if len(text) <= 200] or [0], key=surprise)
 
@@ -222,13 +224,12 @@ def plot_tokenizers(path: Path, table: pd.DataFrame, shown: dict[str, list[str]]
 
 def measure_tokenizers(folder: Path) -> None:
     """tokenizers.csv and .png: what each tokenizer does to the texts, and how its run ended."""
-    args = read_arguments(folder / t.TOKENIZERS[0])
+    args = read_arguments(folder / "basic_english")
     news, tokens, rows = t.load_news(args), {}, []
     texts = train_texts(news)
-    for name in t.TOKENIZERS:
+    for name, tokenize in TOKENIZERS.items():
         check_data(folder / name, news.hashes)
         metrics = read_json(folder / name / "metrics.json")
-        tokenize = t.make_tokenizer(name)
         begin = time.monotonic()
         tokens[name] = [tokenize(text) for text in texts]
         row = {"tokenizer": name} | describe_tokens(tokens[name])
@@ -270,9 +271,9 @@ def mutual_information(mu: torch.Tensor, logvar: torch.Tensor) -> float:
 
 def whitening(prior) -> tuple[torch.Tensor, torch.Tensor]:
     """m (k,) and A (k, k) such that u = A (z - m) has mean 0 and covariance I under p(z)."""
-    parts = (part.cpu().double() for part in (prior.logits.softmax(0), prior.loc, prior.A))
-    weights, means, factors = parts
-    roots, m = torch.linalg.inv(factors), weights @ means
+    parts = (part.cpu().double() for part in (prior.weights, prior.loc, prior.scale_tril))
+    weights, means, roots = parts
+    m = weights @ means
     offset = (means - m) * weights[:, None].sqrt()
     covariance = torch.einsum("j,jde,jfe->df", weights, roots, roots) + offset.T @ offset
     return m, torch.linalg.inv(torch.linalg.cholesky(covariance))

@@ -147,7 +147,7 @@ def test_no_room(script, when, monkeypatch, capsys):
             run(script, "--out", "full")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert stopped.value.code == 2 and "cannot be written" in the_line(capsys)
+    assert stopped.value.code == 2 and "Make room" in the_line(capsys)
     assert not temporary_names()
     left_whole(script, "full")
     assert run(script, "--out", "full", "--resume") == whole(script)
@@ -157,7 +157,7 @@ UNREADABLE = Path("/proc/self/mem")  # opens well; reading it raises an input/ou
 needs_proc = pytest.mark.skipif(not UNREADABLE.exists(), reason="needs Linux's /proc")
 READERS = {
     "csv": lambda path: transformer.read_table(path),
-    "vectors": lambda path: transformer.read_vectors(str(path), {"the"}, Path("out")),
+    "vectors": lambda path: transformer.read_vectors(str(path), {"the"}),
     "npz": lambda path: vae_mnist.load_images(path),
     "zip": lambda path: vae_anime.load_images(path),
     "verbs": lambda path: cvae.read_lines(path),
@@ -378,7 +378,7 @@ def test_one_process_killed(script, victim):
     begin = time.monotonic()
     output, errors = cut.communicate(timeout=60)
     assert time.monotonic() - begin < 30
-    assert cut.returncode != 0, errors
+    assert cut.returncode != 0 and "--resume" in output + errors, errors
     left_whole(script, "cut")
     assert not (checkpoint.parent / "metrics.json").exists()
     again = spread(path_of(script), script, *more, "--out", "cut", "--resume")

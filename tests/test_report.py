@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "report"))
 import build
 import measure
+import variant
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_reliability import WORDS, cvae, run, transformer, vae_anime, vae_mnist
@@ -87,7 +88,7 @@ def test_a_missing_run_is_named_with_its_command(here, capsys):
     out, text = capsys.readouterr().out, text_of(Path("report.pdf").read_bytes())
     for command in (
         "python transformer.py",
-        "--tokenizer nltk",
+        "variant.py nltk",
         "measure.py tokenizers",
         "python vae_anime.py",
         "--lambda 0 1 50 100",
@@ -188,12 +189,13 @@ def test_padding_is_what_the_cells_without_tokens_are():
     assert measure.padding_share([1, 3, 2], [[0, 1], [2]]) == pytest.approx(2 / 8)
 
 
-def test_tokenizers_are_compared(here, capsys):
+def test_tokenizers_are_compared(here, capsys, monkeypatch):
     for name in build.TOKENIZERS:
-        run(transformer, "--out", f"runs/{name}", "--tokenizer", name)
+        monkeypatch.setattr(transformer, "TOKENIZE", variant.TOKENIZERS[name])
+        run(transformer, "--out", f"runs/{name}")
     measure.main(["tokenizers", "runs"])
     table = pd.read_csv("runs/tokenizers.csv").set_index("tokenizer")
-    assert list(table.index) == list(build.TOKENIZERS) == list(transformer.TOKENIZERS)
+    assert list(table.index) == list(build.TOKENIZERS) == list(variant.TOKENIZERS)
     assert table["unk_share"]["whitespace"] == table["unk_share"].max()
     for name in build.TOKENIZERS:
         metrics = json.loads(Path("runs", name, "metrics.json").read_text())

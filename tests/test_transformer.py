@@ -61,12 +61,12 @@ def write_rows(path, rows):
         csv.writer(file).writerows(rows)
 
 
-VOCABULARY = t.Vocabulary({}, {f"1:s{i}": i for i in range(60)}, 2, 20)
+VOCABULARY = t.Vocabulary({}, {f"1:s{i}": i for i in range(60)}, 2)
 
 
 def small_model(layers=1, words=50):
     torch.manual_seed(0)
-    settings = argparse.Namespace(dim=16, heads=2, layers=layers, dropout=0.3, activation="gelu")
+    settings = argparse.Namespace(dim=16, heads=2, layers=layers, dropout=0.3)
     model = t.TransformerClassifier(torch.randn(words, 8), VOCABULARY, 3, settings)
     model.evidence[1:].normal_()
     return model.eval()
@@ -147,16 +147,16 @@ def test_drop_words_takes_word_and_name_and_keeps_the_rest():
 
 
 def test_split_text_tells_columns_apart():
-    tokens = t.split_text("Oil and US\toils\tus 3 OIL", 2, t.make_tokenizer("whitespace"))
-    assert [token.word for token in tokens] == ["oil", "and", "us", "oils", "us", "3", "oil"]
-    assert [token.column for token in tokens] == [1, 1, 1, 2, 2, 2, 2]
-    names = [token.name for token in tokens]
-    assert names == ["1:oil", "1:and", "1:us", "2:oil", "2:us", "2:0", "2:oil"]
-    assert t.split_text("\t", 2, str.split) == []
-    vocabulary = t.Vocabulary({"a": 2, "b": 3}, {"1:b": 1, "1:x": 2}, 2, 2)
-    texts = [t.split_text("b x a", 2, str.split), []]
-    encoded = [vocabulary.encode(text).tolist() for text in texts]
+    tokens = t.split_text("Oil and US\toils\tus 3 OIL", 2)
+    words, columns, names = zip(*tokens, strict=True)
+    assert words == ("oil", "and", "us", "oils", "us", "3", "oil")
+    assert columns == (1, 1, 1, 2, 2, 2, 2)
+    assert names == ("1:oil", "1:and", "1:us", "2:oil", "2:us", "2:0", "2:oil")
+    assert t.split_text("\t", 2) == []
+    vocabulary = t.Vocabulary({"a": 2, "b": 3}, {"1:b": 1, "1:x": 2}, 2)
+    encoded = [vocabulary.encode(t.split_text(text, 2)).tolist() for text in ("b x", "")]
     assert encoded == [[[3, 1, 1], [t.UNK, 1, 2]], [[t.UNK, 1, 0]]]
+    assert len(vocabulary.encode(t.split_text("a " * 1000, 2))) == t.MAX_LENGTH
 
 
 def test_r_drop_loss_equals_reference():
@@ -176,8 +176,8 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
     y = drop(torch.ones(1_000_003))
     assert abs((y == 0).float().mean() - 0.3) < 0.003 and abs(y.mean() - 1) < 0.005
     assert torch.equal(drop.eval()(y), y)
-    kept = t.Dropout(0.999).train()(torch.ones(100_000))
-    assert 0 < kept.count_nonzero() < 1000
+    kept = t.Dropout(0.99).train()(torch.ones(100_000))
+    assert 500 < kept.count_nonzero() < 2000
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
@@ -186,11 +186,12 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
 
 
-def test_cooccurrence_vectors_equal_numpy_svd():
+def test_cooccurrence_vectors_equal_numpy_svd(monkeypatch):
     rng = np.random.default_rng(0)
     words = [f"w{i:02}" for i in range(12)]
     texts = [[words[i] for i in rng.integers(0, 12, 8)] for _ in range(30)]
-    vectors = t.cooccurrence_vectors([*texts, ["once"]], 5)
+    monkeypatch.setattr(t, "LSA_WIDTH", 5)
+    vectors = t.cooccurrence_vectors([*texts, ["once"]])
     assert sorted(vectors) == words  # a stem of one text has none
     counts = np.array([[text.count(word) for word in words] for text in [*texts, []]])
     tf = np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), 0)
@@ -203,11 +204,11 @@ def test_cooccurrence_vectors_equal_numpy_svd():
     np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-4)
 
 
-def test_one_pass_is_plain_cross_entropy():
-    logits, labels = torch.randn(5, 4), torch.randint(4, (5,))
+def test_without_weight_it_is_plain_cross_entropy():
+    logits, labels = torch.randn(10, 4), torch.randint(4, (5,))
     loss, nll = t.r_drop_loss(logits, labels, 0.0)
-    torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
-    assert loss is nll
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels.repeat(2)))
+    torch.testing.assert_close(loss, nll)
 
 
 def random_texts(count):
@@ -244,23 +245,19 @@ def test_evidence_equals_counts():
 
 
 def test_length_batches_hold_each_row_once():
-    lengths = torch.randint(1, 80, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
-    for generator, count in ((None, 1000), (torch.Generator().manual_seed(1), 992)):
-        batches = t.length_batches(lengths, 32, generator)
-        rows = [row for batch in batches for row in batch]
-        assert len(set(rows)) == len(rows) == count  # what fills no batch is left out
-        padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
-        assert padded < 1.15 * sum(lengths[row] for row in rows)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 80, (1000,), generator=generator).tolist()
+    texts = [torch.ones(length, 3) for length in lengths]
+    batches = t.length_batches(texts, 32, generator)
+    rows = torch.cat(batches).tolist()
+    assert len(set(rows)) == len(rows) == 992  # what fills no batch is left out
+    padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+    assert padded < 1.15 * sum(lengths[row] for row in rows)
 
 
-@pytest.mark.parametrize("name", t.TOKENIZERS)
-def test_tokenizers(name):
-    tokens = t.make_tokenizer(name)("The bank's shares rose.")
-    assert (
-        tokens[0] == "the"
-        and "shares" in tokens
-        and all(token == token.lower() for token in tokens)
-    )
+def test_tokens_are_lower_case_words_and_marks():
+    tokens = t.TOKENIZE("The bank's shares rose.")
+    assert tokens == ["the", "bank", "'", "s", "shares", "rose", "."]
 
 
 OFF = [word for name in ("--dropout", "--word-dropout", "--r-drop") for word in (name, "0")]
@@ -270,7 +267,7 @@ def test_overfits_32_texts(here):
     words = [*OFF, "--epochs", "150", "--lr", "3e-3", "--limit", "64"]
     run(*words)  # two folds of 32
     last = rows_of("runs/transformer/history.csv")[-1]
-    assert float(last[3]) == 1.0 and float(last[2]) < 0.05
+    assert float(last[2]) < 0.05
 
 
 # runs ---------------------------------------------------------------------------------------------
@@ -299,21 +296,20 @@ def test_run_leaves_what_it_promises(here, capsys):
     assert {row[1] for row in rows[1:]} <= {"1", "2", "3", "4"}
     oof = rows_of("runs/transformer/oof_predictions.csv")
     assert metrics["oof_accuracy"] == pytest.approx(sum(row[1] == row[2] for row in oof[1:]) / 60)
-    members = torch.load("runs/transformer/checkpoint.pt", weights_only=True)["members"]
-    assert sorted(row for member in members for row in member["rows"]) == list(range(60))
-    for member in members:  # each row's probabilities are those of the model that had it held out
-        written = torch.tensor(
-            [[float(value) for value in oof[1 + row][4:8]] for row in member["rows"]]
-        )
-        torch.testing.assert_close(written, member["held_out"], atol=1e-4, rtol=0)
+    state = torch.load("runs/transformer/checkpoint.pt", weights_only=True)
+    held_out = [row for member in state["members"] for row in member["rows"]]
+    assert sorted(held_out) == list(range(60))
+    models, _ = t.load_finished(Path("runs/transformer"))
+    for model, member in zip(models, state["members"], strict=True):
+        texts = [row[-1] for row in oof[1:]]  # each row by the model that had it held out
+        p = t.classify([model], state, [texts[row] for row in member["rows"]])
+        torch.testing.assert_close(state["probabilities"][member["rows"]], p, atol=1e-5, rtol=0)
+        written = torch.tensor([float(oof[1 + row][3]) for row in member["rows"]])
+        torch.testing.assert_close(written, p.max(1).values, atol=1e-4, rtol=0)
+    of_test = t.classify(models, state, ["\t".join(row[1:]) for row in test[1:]])
+    torch.testing.assert_close(state["probabilities"][60:], of_test, atol=1e-5, rtol=0)
     left = {path.name for path in Path("runs/transformer").iterdir()}
-    assert {
-        "config.json",
-        "history.csv",
-        "checkpoint.pt",
-        "learning-curve.png",
-        "confusion-matrix.png",
-    } <= left
+    assert {"config.json", "history.csv", "checkpoint.pt", "learning-curve.png"} <= left
     assert not any(name.startswith(".") for name in left)
     config = json.loads(Path("runs/transformer/config.json").read_text())
     assert len(config["sha256"]["train.csv"]) == 64 and config["seed"] == 0
@@ -343,21 +339,21 @@ def test_run_leaves_what_it_promises(here, capsys):
     torch.save(state | {"version": "transformer 1"}, "runs/transformer/checkpoint.pt")
     with pytest.raises(SystemExit):
         t.main(["--predict", "a text"])
-    assert "not a checkpoint of transformer 3" in capsys.readouterr().err
+    assert "not a checkpoint of transformer 4" in capsys.readouterr().err
     assert without_seconds(run("--seed", "1")) != without_seconds(metrics)
 
 
-@pytest.mark.parametrize("steps", [3, 8, 17])
+@pytest.mark.parametrize("steps", [1, 4, 9])
 def test_resume_equals_no_interruption(here, monkeypatch, capsys, steps):
-    words = ["--epochs", "2", "--batch-size", "8", "--seeds", "2"]
+    words = ["--epochs", "2", "--batch-size", "8"]
     whole = run(*words)
     submission = Path("submission.csv").read_bytes()
-    number = signal.SIGTERM if steps == 8 else signal.SIGINT
+    number = signal.SIGTERM if steps == 4 else signal.SIGINT
     assert interrupted(monkeypatch, steps, *words, "--out", "other", number=number) == 128 + number
     assert "--resume" in capsys.readouterr().out
     assert without_seconds(run(*words, "--out", "other", "--resume")) == without_seconds(whole)
     assert Path("submission.csv").read_bytes() == submission
-    assert len(rows_of("other/history.csv")) == 1 + 2 * 2 * 2
+    assert len(rows_of("other/history.csv")) == 1 + 2 * 2
 
 
 def interrupted(monkeypatch, step, *words, number=signal.SIGINT):
@@ -414,9 +410,10 @@ def test_metrics_without_a_checkpoint_are_no_finished_run(here, monkeypatch):
 def test_dollars_are_no_formulas(here):
     words = ["$_$", "up", "$5%$6", "${$", "US$1^$2"]
     attention = t.plot_attention(words, torch.full((2, 5, 5), 0.2), "from $1_ to $2^")
-    confusion = t.plot_confusion(torch.arange(2), torch.arange(2), ["$_$", "$^$"])
-    for figure in (attention, confusion):
-        t.save_figure(figure, Path("drawn.png"))
+    history = [{"model": 1, "epoch": 1, "cross_entropy": 1.0}]
+    results = t.plot_results(history, torch.arange(2), torch.arange(2), ["$_$", "$^$"])
+    for figure in (attention, results):
+        figure.savefig("drawn.png")
 
 
 def test_resume_with_nothing_saved_starts(here):
@@ -448,7 +445,7 @@ def test_out_of_fold_means_not_trained_on(here):
     off = [word for name in ("--dropout", "--word-dropout", "--r-drop") for word in (name, "0")]
     metrics = run("--epochs", "30", "--lr", "1e-2", "--limit", "100", *off)
     assert (
-        float(rows_of("runs/transformer/history.csv")[-1][-1]) > 0.9
+        float(rows_of("runs/transformer/history.csv")[-1][-1]) < 0.3
         and metrics["oof_accuracy"] < 0.45
     )
 
@@ -493,7 +490,7 @@ def test_missing_text_is_a_warning_with_a_count(here, capsys):
     for row in rows[1:4]:
         row[2:] = ["", ""]
     write_rows("data/train.csv", rows)
-    run()
+    run("--limit", "400")
     assert "3 of " in capsys.readouterr().out
 
 
@@ -501,7 +498,7 @@ def test_missing_text_is_a_warning_with_a_count(here, capsys):
 def test_vectors_are_found_and_read(here, header, capsys):
     lines = ["the 1 2 3 4", "said -1e-3 .5 0 1", "a . . 9 9 9 9", "never-seen 0 0 0 0"]
     Path("data/glove.tiny.txt").write_text(header + "\n".join(lines) + "\n", encoding="utf-8")
-    vectors = t.read_vectors("data/glove.tiny.txt", {"the", "said", "a"}, here)
+    vectors = t.read_vectors("data/glove.tiny.txt", {"the", "said", "a"})
     assert set(vectors) == {"the", "said"}  # a word with blanks inside is no word of the texts
     spread = np.std([1, 2, 3, 4, -1e-3, 0.5, 0, 1])
     assert (vectors["said"] * spread).tolist() == pytest.approx([-1e-3, 0.5, 0, 1])
@@ -595,9 +592,13 @@ BAD = {
         [],
         r"no label column; found Id, Title, Description\. Name",
     ),
-    "label in one row": (cell("Category", "9"), [], r"Category has 5 classes, '9' in [01] rows"),
-    "empty label": (cell("Category", ""), [], r"Category has 5 classes"),
-    "id twice": (cell("Id", "2"), [], r"Id '2' stands in 2 rows"),
+    "label in one row": (
+        cell("Category", "9"),
+        ["--limit", "400"],
+        r"Category has classes 1: .*9: [01]\.",
+    ),
+    "empty label": (cell("Category", ""), ["--limit", "400"], r"Category has classes 1: .*, : 1"),
+    "id twice": (cell("Id", "2"), ["--limit", "400"], r"Id '2' stands in 2 rows"),
     "ragged rows": (ragged, [], r"Expected 4 fields in line 8, saw 5"),
     "short rows": (text("train.csv", b"Id,Category,Title\n1,2\n"), [], r"row 2 has fewer fields"),
     "not utf-8": (text("train.csv", b"Id,Category,Title\n1,2,caf\xe9\n"), [], r"decode byte 0xe9"),
@@ -607,15 +608,15 @@ BAD = {
         r"unexpected end of data",
     ),
     "test without rows": (text("test.csv", b"Id,Title,Description\n"), [], r"test.csv: no rows"),
-    "test lacks a column": (drop("Title", "test.csv"), [], r"test.csv: no column Title; found Id"),
-    "one class": (one_class, [], r"Category has 1 classes"),
+    "test lacks a column": (drop("Title", "test.csv"), [], r"test.csv: no Title column; found Id"),
+    "one class": (one_class, [], r"Category has classes 1: 60\. Give two"),
     "column twice": (text("train.csv", b"Id,Label,Id\n1,a,x\n"), [], r"a column twice"),
-    "no such column": (lambda: None, ["--text-columns", "Body"], r"no Body; found Id"),
+    "no such column": (lambda: None, ["--text-columns", "Body"], r"no Body column; found Id"),
     "vectors of words": (text("v.vec", b"the 1 2 3\nof x y z\n"), [], r"could not convert string"),
     "vectors of nan": (text("v.vec", b"the 1 2 3\nof 1 nan 2\n"), [], r"not finite"),
     "flat vectors": (text("v.vec", b"the 1 1 1\nof 1 1 1\n"), [], r"all the same, or not finite"),
     "no vectors file": (lambda: None, ["--vectors", "none.txt"], r"--vectors none.txt: No such"),
-    "useless vectors": (text("v.vec", b"xyzzy 1 2 3\n"), [], r"it has none of the texts' words"),
+    "useless vectors": (text("v.vec", b"xyzzy 1 2 3\n"), [], r"none of the texts' words"),
     "vectors in a column": (text("v.vec", b"the\nof\n"), [], r"--vectors data/v.vec: "),
     "other settings": (trained_elsewhere, ["--out", "out", "--resume"], r"with layers 2, not 1"),
     "truncated": (truncated_checkpoint, ["--out", "out", "--resume"], r"not a zip file"),
@@ -635,16 +636,16 @@ BAD = {
         ["--out", "out", "--predict", "/proc/self/mem"],
         r"/proc",
     ),
-    "out has no name": (lambda: None, ["--out", "."], r"not the folder of a run"),
+    "out has no name": (lambda: None, ["--out", "."], r"is not the folder of a run|busy|not empty"),
     "negative seed": (lambda: None, ["--seed", "-1"], r"--seed -1: give a number from 0"),
     "large seed": (lambda: None, ["--seed", "5000000000"], r"--seed 5000000000: give a number"),
-    "small limit": (lambda: None, ["--limit", "5"], r"each in --folds 2 rows"),
+    "small limit": (lambda: None, ["--limit", "5"], r"Give two or more, 2 rows each"),
     "out is a file": (lambda: Path("out").touch(), ["--out", "out"], r"out: File exists"),
     "out is below a file": (lambda: Path("out").touch(), ["--out", "out/x"], r"out/x: Not a dir"),
     "out holds other files": (
         lambda: None,
         ["--out", "data"],
-        r"data, or data.previous: not the folder of a run",
+        r"data: data is not the folder of a run",
     ),
     "heads": (lambda: None, ["--heads", "3"], r"--heads 3 does not divide --dim 16"),
     "folds": (lambda: None, ["--folds", "1"], r"--folds 1: give a number from 2"),
@@ -680,7 +681,7 @@ def test_a_folder_of_the_users_own_is_never_removed(here, capsys):
     Path("out.previous/thesis.txt").write_text("mine")
     with pytest.raises(SystemExit):
         run("--out", "out")
-    assert "out.previous: not the folder of a run" in capsys.readouterr().err
+    assert "out.previous is not the folder of a run" in capsys.readouterr().err
     assert Path("out.previous/thesis.txt").read_text() == "mine" and Path("out").is_dir()
 
 

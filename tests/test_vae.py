@@ -96,25 +96,24 @@ def tiny_model(twin, count=4, learned_prior=True):
 
 
 def random_prior(twin, count, latent_dim):
-    """Gaussians of any place, shape and weight."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(twin, "PRIOR_GAUSSIANS", count)
-        prior = twin.Prior(latent_dim, True)
-    for parameter in prior.parameters():
-        torch.nn.init.normal_(parameter, std=0.7)
-    return prior.requires_grad_(False)
+    """Gaussians of any place, shape and weight, as after a fit."""
+    prior = twin.Prior(latent_dim, count).eval()
+    prior.weights.copy_(torch.rand(count).softmax(0))
+    prior.loc.normal_(std=0.7)
+    factors = torch.randn(count, latent_dim, latent_dim)
+    covariance = factors @ factors.mT + 0.1 * torch.eye(latent_dim)
+    prior.scale_tril.copy_(torch.linalg.cholesky(covariance))
+    return prior
 
 
-def torch_prior(prior):
-    gaussians = torch.distributions.MultivariateNormal(
-        prior.loc, precision_matrix=prior.A.mT @ prior.A
-    )
-    weights = torch.distributions.Categorical(logits=prior.logits)
-    return torch.distributions.MixtureSameFamily(weights, gaussians)
+def log_mixture(prior, z):
+    """ln Σ w N(z), by scipy's numbers of each Gaussian."""
+    from scipy.stats import multivariate_normal
 
-
-def mean_kl(twin, mu, variance, prior):
-    return twin.D.kl_divergence(twin.gaussian(mu, variance.log()), prior).mean()
+    covariances = prior.scale_tril @ prior.scale_tril.mT
+    triples = zip(prior.weights, prior.loc, covariances, strict=True)
+    densities = [w * multivariate_normal(m, c).pdf(z) for w, m, c in triples]
+    return torch.tensor(np.log(np.sum(densities, 0)), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -123,13 +122,14 @@ def test_kl_divergence_equals_torch_distributions(twin):
     mu, logvar, prior = torch.randn(5, 6), torch.randn(5, 6), random_prior(twin, 1, 6)
     ours = twin.gaussian(mu, logvar)
     q = torch.distributions.MultivariateNormal(mu, (logvar.exp()).diag_embed())
-    expected = torch.distributions.kl_divergence(q, torch_prior(prior).component_distribution)
-    torch.testing.assert_close(twin.total_kl([(mu, ours, prior)]), expected, rtol=1e-4, atol=1e-4)
+    p = torch.distributions.MultivariateNormal(prior.loc, scale_tril=prior.scale_tril)
+    expected = torch.distributions.kl_divergence(q, p)
+    torch.testing.assert_close(twin.total_kl([(mu, ours, prior())]), expected, rtol=1e-4, atol=1e-4)
     normal = torch.distributions.kl_divergence(
         torch.distributions.Normal(mu, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)
     ).sum(1)
-    plain = twin.Prior(6, False)
-    torch.testing.assert_close(twin.total_kl([(mu, ours, plain)]), normal)
+    for plain in (twin.Prior(6, 1), twin.Prior(6, 3), twin.Prior(6, 3).eval()):
+        torch.testing.assert_close(twin.total_kl([(mu, ours, plain())]), normal)
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -139,74 +139,42 @@ def test_kl_to_a_mixture_is_an_upper_bound_and_tight_for_a_sharp_posterior(twin)
     for logvar, close in ((torch.randn(5, 3), 4.0), (torch.full((5, 3), -12.0), 0.02)):
         q = twin.gaussian(mu, logvar)
         z = q.sample((20_000,))
-        sampled = (q.log_prob(z) - torch_prior(prior).log_prob(z)).mean(0)
-        excess = twin.D.kl_divergence(q, prior) - sampled
+        sampled = (q.log_prob(z) - log_mixture(prior, z)).mean(0)
+        excess = twin.D.kl_divergence(q, prior()) - sampled
         assert (excess > -0.05).all() and (excess < close).all()
-
-
-@pytest.mark.parametrize("twin", TWINS)
-def test_fit_of_one_gaussian_is_the_aggregate_posterior(twin):
-    mu, variance = torch.randn(400, 3) @ torch.randn(3, 3), torch.randn(400, 3).exp()
-    prior = random_prior(twin, 1, 3)
-    prior.fit(mu, variance)
-    covariance = mu.T.cov(correction=0) + variance.mean(0).diag()
-    torch.testing.assert_close(prior.loc[0], mu.mean(0), rtol=1e-4, atol=1e-5)
-    precision = prior.A[0].mT @ prior.A[0]
-    torch.testing.assert_close(precision.inverse(), covariance, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("twin", TWINS)
-def test_fit_equals_scikit_learn_on_sharp_posteriors(twin):
-    """With σ near 0 it is EM for a mixture of Gaussians; 20 posteriors of 9,000 hardly show."""
-    from sklearn.mixture import GaussianMixture
-
-    torch.manual_seed(0)
-    prior, places = random_prior(twin, 3, 2), torch.tensor([[-6.0, 0.0], [0.0, 6.0], [6.0, 0.0]])
-    prior.loc.copy_(places)
-    mu = torch_prior(prior).sample((9000,))
-    prior.loc.add_(1.0)
-    prior.logits.zero_()
-    prior.fit(mu, torch.full((9000, 2), 1e-7))
-    reference = GaussianMixture(3, means_init=places.numpy(), random_state=0).fit(mu.numpy())
-    assert torch_prior(prior).log_prob(mu).mean() == pytest.approx(
-        reference.score(mu.numpy()), abs=0.01
-    )
-    np.testing.assert_allclose(prior.loc, reference.means_, atol=0.05)
-    np.testing.assert_allclose(prior.logits.softmax(0), reference.weights_, atol=0.01)
-
-
-@pytest.mark.parametrize("twin", TWINS)
-def test_fit_lowers_the_kl_and_stays_sound_where_it_has_little_to_fit(twin):
-    torch.manual_seed(0)
-    prior, mu, variance = random_prior(twin, 8, 4), torch.randn(30, 4), torch.randn(30, 4).exp()
-    before = mean_kl(twin, mu, variance, prior)
-    prior.fit(mu, variance)
-    assert mean_kl(twin, mu, variance, prior) < before
-    apart = torch.randn(3, 4) * 1e9  # three codes, four dimensions: nothing to invert
-    few = (
-        (mu[:1].expand(30, 4), variance),
-        (mu[:3], variance[:3]),
-        (apart, torch.full((3, 4), 1e-9)),
-    )
-    for codes, spread in few:
-        prior = random_prior(twin, 8, 4)
-        prior.fit(codes, spread)
-        assert all(part.isfinite().all() for part in prior.parameters())
 
 
 @pytest.mark.parametrize("twin", TWINS)
 def test_the_prior_is_the_mixture(twin):
     torch.manual_seed(0)
     prior, z = random_prior(twin, 3, 4), torch.randn(7, 4)
-    expected = torch_prior(prior).log_prob(z)
-    torch.testing.assert_close(prior.log_prob(z), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(prior().log_prob(z), log_mixture(prior, z), rtol=1e-4, atol=1e-4)
     draws = prior.draw(200_000, 1.0)
-    torch.testing.assert_close(draws.mean(0), torch_prior(prior).mean, atol=0.05, rtol=0.02)
-    torch.testing.assert_close(draws.var(0), torch_prior(prior).variance, atol=0.1, rtol=0.02)
+    torch.testing.assert_close(draws.mean(0), prior().mean, atol=0.05, rtol=0.02)
+    torch.testing.assert_close(draws.var(0), prior().variance, atol=0.1, rtol=0.02)
     cold = random_prior(twin, 1, 4)
-    torch.testing.assert_close(
-        cold.draw(200_000, 0.5).var(0), torch_prior(cold).variance / 4, atol=0.01, rtol=0.02
-    )
+    expected = cold().variance / 4
+    torch.testing.assert_close(cold.draw(200_000, 0.5).var(0), expected, atol=0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_fit_finds_the_mixture_that_the_codes_come_from(twin):
+    torch.manual_seed(0)
+    places, prior = torch.tensor([[-6.0, 0.0], [0.0, 6.0], [6.0, 0.0]]), twin.Prior(2, 3).eval()
+    codes = places[torch.randint(3, (9000,))] + torch.randn(9000, 2)
+    prior.fit(codes)
+    order = prior.loc[:, 0].argsort()
+    torch.testing.assert_close(prior.loc[order], places, atol=0.1, rtol=0)
+    torch.testing.assert_close(prior.weights, torch.full((3,), 1 / 3), atol=0.02, rtol=0)
+    assert prior().log_prob(codes).mean() == pytest.approx(-math.log(3) - 2.838, abs=0.05)
+
+
+@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e6])
+def test_fit_stays_sound_where_it_has_little_to_fit(twin, scale):
+    prior = twin.Prior(4, 64).eval()
+    prior.fit(scale * torch.randn(64, 4))
+    assert all(part.isfinite().all() for part in prior.parameters())
 
 
 def test_log_prob_equals_torch_distributions():
@@ -260,10 +228,7 @@ def test_iwae_with_one_sample_is_the_elbo_and_grows_with_more(twin):
     torch.manual_seed(0)
     model = tiny_model(twin)
     with torch.no_grad():
-        model.prior.loc.fill_(0.3), model.prior.factor.normal_(0, 0.1)
-        model.prior.factor.copy_(
-            model.prior.factor[:1].expand_as(model.prior.factor)
-        )  # the bound is exact there
+        model.prior.loc.fill_(0.3)  # all Gaussians alike: the bound is exact there
     x = twin.to_pixels(torch.randint(0, 256, (1, *twin.SHAPE)))
     with torch.no_grad():
         q = model.encode(x)
@@ -477,7 +442,8 @@ def test_sweep_compares_and_takes_finished_runs(twin, here, capsys):
     table = run(twin, "--lambda", "0", "1", "100")
     assert folder_of(twin, 0).joinpath("checkpoint.pt").stat().st_mtime_ns == written  # as it was
     assert list(table) == ["0", "1", "100"] and table["0"] == first
-    assert table["100"]["kl"]["test"] < table["1"]["kl"]["test"] < table["0"]["kl"]["test"]
+    kl = {weight: metrics["kl"]["test"] for weight, metrics in table.items()}
+    assert kl["100"] < min(kl["0"], kl["1"])  # after four steps those two differ by chance alone
     out = Path("runs", twin.SCRIPT)
     assert {"lambda-sheet.png", "sweep.csv"} <= {path.name for path in out.iterdir()}
     run(twin, "--lambda", "0", "1", "--lr", "1e-4")
@@ -524,10 +490,10 @@ def test_evaluate_scores_images_of_all_the_file(twin, here, monkeypatch):
 @pytest.mark.parametrize("twin", TWINS)
 def test_the_last_fit_of_the_prior_is_kept_only_where_it_helps(twin, here, monkeypatch):
     fitted = run(twin)["kl"]["validation"]
-    monkeypatch.setattr(twin.Prior, "fit", lambda prior, mu, variance: None)
-    learned = run(twin)["kl"]["validation"]
-    monkeypatch.setattr(twin.Prior, "fit", lambda prior, mu, variance: prior.loc.data.add_(9))
-    assert fitted <= learned + 0.01 and learned == run(twin)["kl"]["validation"]
+    monkeypatch.setattr(twin.Prior, "fit", lambda prior, z: None)
+    normal = run(twin)["kl"]["validation"]
+    monkeypatch.setattr(twin.Prior, "fit", lambda prior, z: prior.loc.data.add_(9))
+    assert fitted <= normal + 0.01 and normal == run(twin)["kl"]["validation"]
 
 
 def test_resume_with_nothing_saved_starts(here):
