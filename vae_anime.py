@@ -85,6 +85,7 @@ WARMUP = 0.0  # epochs
 EPSILON = 1e-2  # of Adam: with 1e-8 a ladder silenced by a large λ drifts till its KL explodes
 MAX_NORM = 3000.0  # of the gradient
 TEMPERATURE = 0.75  # of draws
+COOLING = 0.25  # the share of it that z takes; detail takes all of it
 ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2016)
 IWAE_IMAGES = 100  # that its bound is taken of
 MAX_BYTES = 2**25  # of one image file, and of one unpacked image's pixels
@@ -353,10 +354,6 @@ class VAE(nn.Module):
         spectrum = 0.5 * self.squares.clamp_min(least).log()
         return Pixels(painted, self.log_sigma if self.training else spectrum, smooth), details
 
-    def draw(self, count: int, temperature: float) -> Tensor:
-        """z (count, k) from p(z): a quarter of the temperature's effect, detail takes all of it."""
-        return self.prior.draw(count, 0.75 + 0.25 * temperature)
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction -log p(x|z, detail) and KL, (B,) each, whose gradients train all of it.
 
@@ -450,16 +447,12 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
             bar.update()
         if WORLD > 1:
             dist.all_reduce(sums)
-        trained = dict(
-            zip(("reconstruction", "kl"), (sums / (WORLD * per_epoch)).tolist(), strict=True)
-        )
-        held_out, _ = evaluate(average, images["validation"], args)
-        if not math.isfinite(held_out["neg_elbo"]):
-            fail(f"no finite loss after epoch {epoch + 1}. Lower --lr")
         row = {"epoch": epoch + 1, "kl_weight": weight}
-        for name, terms in (("train", trained), ("validation", held_out)):
-            row[f"{name}_loss"] = terms["reconstruction"] + weight * terms["kl"]
-            row |= {f"{name}_{key}": terms[key] for key in trained}
+        row["train_reconstruction"], row["train_kl"] = (sums / (WORLD * per_epoch)).tolist()
+        held_out, _ = evaluate(average, images["validation"], args)
+        row |= {f"validation_{key}": held_out[key] for key in ("reconstruction", "kl")}
+        for part in ("train", "validation"):
+            row[f"{part}_loss"] = row[f"{part}_reconstruction"] + weight * row[f"{part}_kl"]
         state["history"].append(row)
         save(state | {name: part.state_dict() for name, part in parts.items()})
     return average
@@ -543,7 +536,7 @@ def paint(model: VAE, z: Tensor, args: Namespace) -> Tensor:
 def draw_samples(model: VAE, count: int, args: Namespace) -> Tensor:
     """The mean of p(x|codes) for codes from the prior, uint8 (count, C, H, W)."""
     seed_all(args.seed, count)
-    return paint(model, model.draw(count, args.temperature), args)
+    return paint(model, model.prior.draw(count, 1 + COOLING * (args.temperature - 1)), args)
 
 
 def tile(images: Tensor, columns: int) -> np.ndarray:
@@ -872,12 +865,10 @@ def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
         if args.prior == "learned" and args.kl_weight > 0:
             model = fit_prior(model, images, args)
         metrics, each = score(model, test, torch.arange(len(test)), args)
-        for key in (keys := ("reconstruction", "kl", "neg_elbo")):
-            metrics[key] = {"test": metrics[key]}
-        for name in ("train", "validation"):  # of training images as many as of the test's
-            part, _ = evaluate(model, images[name][: len(test)], args, True)
-            for key in keys:
-                metrics[key][name] = part[key]
+        parts = {name: images[name][: len(test)] for name in ("train", "validation")}
+        parts = {name: evaluate(model, part, args, True)[0] for name, part in parts.items()}
+        for key in ("reconstruction", "kl", "neg_elbo"):
+            metrics[key] = {"test": metrics[key]} | {n: part[key] for n, part in parts.items()}
         metrics |= {"lambda": args.kl_weight, "epochs": args.epochs}
         metrics |= {"seconds": state["seconds"] + time.monotonic() - began}
         if RANK == 0:

@@ -80,6 +80,7 @@ EPSILON = 1e-8  # of Adam
 MAX_NORM = 200.0  # of the gradient
 REFINE, REFINE_RATE, REFINE_DRAWS = 20, 0.1, 4  # steps on q(z|x); Adam's rate; codes a step
 TEMPERATURE = 0.9  # of draws
+COOLING = 1.0  # the share of it that z takes
 ROTATE, SCALE, SHEAR, SHIFT = 8.0, 0.08, 0.08, 0.08  # degrees; log factor; slope; half images
 ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2016)
 IWAE_IMAGES = 100  # that its bound is taken of
@@ -284,10 +285,6 @@ class VAE(nn.Module):
             logits = self.mean_image.clamp(0.01, 0.99).logit() + self.decoder(z)
         return D.Independent(D.Bernoulli(logits=logits.float(), validate_args=False), 3), []
 
-    def draw(self, count: int, temperature: float) -> Tensor:
-        """z (count, k) from p(z), its standard deviations times the temperature."""
-        return self.prior.draw(count, temperature)
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction -log p(x|z) and KL, (B,) each."""
         pixels, codes = infer(self, x, self.encode(x))
@@ -368,16 +365,12 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
             bar.update()
         if WORLD > 1:
             dist.all_reduce(sums)
-        trained = dict(
-            zip(("reconstruction", "kl"), (sums / (WORLD * per_epoch)).tolist(), strict=True)
-        )
-        held_out, _ = evaluate(average, images["validation"], args)
-        if not math.isfinite(held_out["neg_elbo"]):
-            fail(f"no finite loss after epoch {epoch + 1}. Lower --lr")
         row = {"epoch": epoch + 1, "kl_weight": weight}
-        for name, terms in (("train", trained), ("validation", held_out)):
-            row[f"{name}_loss"] = terms["reconstruction"] + weight * terms["kl"]
-            row |= {f"{name}_{key}": terms[key] for key in trained}
+        row["train_reconstruction"], row["train_kl"] = (sums / (WORLD * per_epoch)).tolist()
+        held_out, _ = evaluate(average, images["validation"], args)
+        row |= {f"validation_{key}": held_out[key] for key in ("reconstruction", "kl")}
+        for part in ("train", "validation"):
+            row[f"{part}_loss"] = row[f"{part}_reconstruction"] + weight * row[f"{part}_kl"]
         state["history"].append(row)
         save(state | {name: part.state_dict() for name, part in parts.items()})
     return average
@@ -461,7 +454,7 @@ def paint(model: VAE, z: Tensor, args: Namespace) -> Tensor:
 def draw_samples(model: VAE, count: int, args: Namespace) -> Tensor:
     """The mean of p(x|codes) for codes from the prior, uint8 (count, C, H, W)."""
     seed_all(args.seed, count)
-    return paint(model, model.draw(count, args.temperature), args)
+    return paint(model, model.prior.draw(count, 1 + COOLING * (args.temperature - 1)), args)
 
 
 def tile(images: Tensor, columns: int) -> np.ndarray:
@@ -790,12 +783,10 @@ def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
         if args.prior == "learned" and args.kl_weight > 0:
             model = fit_prior(model, images, args)
         metrics, each = score(model, test, torch.arange(len(test)), args)
-        for key in (keys := ("reconstruction", "kl", "neg_elbo")):
-            metrics[key] = {"test": metrics[key]}
-        for name in ("train", "validation"):  # of training images as many as of the test's
-            part, _ = evaluate(model, images[name][: len(test)], args, True)
-            for key in keys:
-                metrics[key][name] = part[key]
+        parts = {name: images[name][: len(test)] for name in ("train", "validation")}
+        parts = {name: evaluate(model, part, args, True)[0] for name, part in parts.items()}
+        for key in ("reconstruction", "kl", "neg_elbo"):
+            metrics[key] = {"test": metrics[key]} | {n: part[key] for n, part in parts.items()}
         metrics |= {"lambda": args.kl_weight, "epochs": args.epochs}
         metrics |= {"seconds": state["seconds"] + time.monotonic() - began}
         if RANK == 0:

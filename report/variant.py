@@ -41,13 +41,22 @@ TOKENIZERS = {
 OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}
 
 
-def main(name: str, argv: list[str]) -> dict:
-    """Run transformer.py with the change called `name`; return its metrics."""
+def parse_args(argv: list[str]):
+    """The arguments of transformer.py, which follow the name of a change."""
+    if not argv or argv[0] not in {*TOKENIZERS, *OPTIMIZERS, "relu"}:
+        transformer.fail(f"give first one of {', '.join([*TOKENIZERS, *OPTIMIZERS, 'relu'])}")
+    return transformer.parse_args(argv[1:])
+
+
+def main(argv: list[str]) -> dict:
+    """Run transformer.py with the change that the first argument names; return its metrics."""
+    parse_args(argv)
+    name, *rest = argv
     transformer.TOKENIZE = TOKENIZERS.get(name, transformer.TOKENIZE)
     transformer.OPTIMIZER = OPTIMIZERS.get(name, transformer.OPTIMIZER)
     transformer.ACTIVATION = F.relu if name == "relu" else transformer.ACTIVATION
-    return transformer.main(argv)
+    return transformer.main(rest)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1:])

@@ -26,7 +26,12 @@ CONSTANTS = {
         "MAX_NORM",
         "EPSILON",
     ),
-    *("(ROTATE, SCALE, SHEAR, SHIFT)", "(REFINE, REFINE_RATE, REFINE_DRAWS)", "TEMPERATURE"),
+    *(
+        "(ROTATE, SCALE, SHEAR, SHIFT)",
+        "(REFINE, REFINE_RATE, REFINE_DRAWS)",
+        "TEMPERATURE",
+        "COOLING",
+    ),
     "MAX_BYTES",
 }
 SHARED = {
