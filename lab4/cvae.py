@@ -169,16 +169,14 @@ def verb_tensor(verbs: list[Verb]) -> Tensor:
     return encode_words([form for verb in verbs for form in verb]).unflatten(0, (-1, len(TENSES)))
 
 
-def invent_verbs(
-    verbs: list[Verb], count: int, generator: Generator, unseen: frozenset[str] = frozenset()
-) -> list[Verb]:
+def invent_verbs(verbs: list[Verb], count: int, generator: Generator, unseen=frozenset()) -> list:
     """Up to `count` verbs that are none: the head of one verb's stem before the tail of another's.
 
     abandon and flounder give abounder, abounders, aboundering, aboundered: inflection without the
     verb. No form is in `unseen`: dish and tip would give dip, which may be held out.
     """
     stems = [len(os.path.commonprefix(verb)) for verb in verbs]
-    invented: list[Verb] = []
+    invented = []
     for _ in range(100 * count):  # verbs without common stems give none
         first, second = torch.randint(len(verbs), (2,), generator=generator).tolist()
         if min(stems[first], stems[second]) < 2:
@@ -193,9 +191,7 @@ def invent_verbs(
     return invented
 
 
-def make_batch(
-    verbs: Verbs, rows: Tensor, invented: float, latent_dim: int, generator: Generator
-) -> list[Tensor]:
+def make_batch(verbs: Verbs, rows: Tensor, invented: float, k: int, generator: Generator) -> list:
     """The training verbs of `rows`, then `invented` made-up ones for each: B, in random tenses.
 
     Returns the words to read (B, T) and their tenses (B,); the words to spell (2B, T), all verbs in
@@ -207,7 +203,7 @@ def make_batch(
     shuffled = torch.rand(len(chosen), len(TENSES), generator=generator).argsort(1)  # (B, 4)
     source_tense = torch.randint(len(TENSES), (len(chosen),), generator=generator)
     target_tense = shuffled[:, :2].T.flatten()
-    noise = torch.randn(2 * len(chosen), latent_dim, generator=generator)
+    noise = torch.randn(2 * len(chosen), k, generator=generator)
     source, target = forms[each, source_tense], forms[each.repeat(2), target_tense]
     return [source, source_tense, target, target_tense, noise]
 
@@ -324,9 +320,7 @@ def likeliest_verbs(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     return log_q.unflatten(1, (-1, len(TENSES))).logsumexp(2).argmax(1)
 
 
-def prior_loss(
-    model: CVAE, forms: Tensor, posteriors: tuple, count: int, generator: Generator
-) -> Tensor:
+def prior_loss(model: CVAE, forms: Tensor, posteriors: tuple, count: int, generator) -> Tensor:
     """The loss of spelling `count` draws from N(0, I) as the likeliest of the verbs (N, 4, T)."""
     z = torch.randn(count, model.latent_dim, generator=generator).to(posteriors[0].device)  # (D, k)
     verb = forms[likeliest_verbs(z, *posteriors).cpu()]  # (D, 4, T)
@@ -472,20 +466,15 @@ def score_run(model: CVAE, verbs: Verbs, seed: int) -> dict:
 # figures ------------------------------------------------------------------------------------------
 
 
-def plot_history(path: Path, histories: dict[str, list[dict]]) -> None:
-    """A column for each run: losses, KL weight and teacher forcing, and both scores by epoch."""
-    figure = Figure(figsize=(1.2 + 5.2 * len(histories), 8), dpi=150, layout="constrained")
-    grid = figure.subplots(3, len(histories), squeeze=False, sharex="col", sharey="row")
-    rows = {"nats per word": ["reconstruction", "kl"]}
-    rows |= {
-        "weight, ratio": ["kl_weight", "teacher_forcing"],
-        "score": ["bleu4", "gaussian_score"],
-    }
-    for panels, (name, history) in zip(grid.T, histories.items(), strict=True):
-        for panel, (unit, keys) in zip(panels, rows.items(), strict=True):
-            pd.DataFrame(history).plot("epoch", keys, ax=panel, ylabel=unit)
-        panels[0].set(title=f"{name} KL weight", yscale="symlog", ylim=(0, None))
-        panels[2].set(ylim=(0, 1.02))
+def plot_history(path: Path, history: list[dict]) -> None:
+    """Losses, KL weight and teacher forcing, and both scores by epoch."""
+    rows = {"nats per word": ["reconstruction", "kl"], "score": ["bleu4", "gaussian_score"]}
+    rows["weight, ratio"] = ["kl_weight", "teacher_forcing"]
+    figure = Figure(figsize=(6.4, 8), dpi=150, layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
+    for panel, (unit, keys) in zip(panels, rows.items(), strict=True):
+        pd.DataFrame(history).plot("epoch", keys, ax=panel, ylabel=unit)
+    panels[0].set(yscale="symlog", ylim=(0, None))
     write_file(path, partial(figure.savefig, format="png"))
 
 
@@ -502,7 +491,7 @@ def write_results(args: Namespace, model: CVAE, verbs: Verbs, history: list[dict
     tables |= {"conversions": conversions, "generated": generated}
     for name, frame in tables.items():
         write_file(args.out / f"{name}.csv", partial(frame.to_csv, index=False, mode="wb"))
-    plot_history(args.out / "training.png", {args.kl_schedule: history})
+    plot_history(args.out / "training.png", history)
     print(conversions.to_string(index=False), generated[:4].to_string(index=False), sep="\n\n")
 
 
@@ -711,8 +700,7 @@ def run(args: Namespace, verbs: Verbs) -> dict:
     if args.resume and checkpoint.exists():
         state = load_checkpoint(checkpoint, VERSION, settings)
     if "metrics" in state:
-        if not path.exists():  # it was stopped between the two files
-            write_json(path, state["metrics"])
+        write_json(path, state["metrics"])
         return state["metrics"]
     device = pick_device(args.device)
     with open_run(args.out, args, verbs.hashes):

@@ -31,8 +31,7 @@ from matplotlib.figure import Figure
 from torch.nn.utils.rnn import pad_sequence
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "lab4"), str(ROOT / "report")]
-import cvae
+sys.path[:0] = [str(ROOT), str(ROOT / "report")]
 from variant import TOKENIZERS
 
 import transformer as t
@@ -371,8 +370,17 @@ def measure_schedules(folder: Path) -> None:
     histories = {}
     for name in SCHEDULES:
         with t.one_line(folder / name / "history.csv", "Finish that run first"):
-            histories[name] = pd.read_csv(folder / name / "history.csv").to_dict("records")
-    cvae.plot_history(folder / "schedules.png", histories)
+            histories[name] = pd.read_csv(folder / name / "history.csv")
+    figure = Figure(figsize=(11.6, 8), dpi=150, layout="constrained")
+    grid = figure.subplots(3, len(histories), sharex="col", sharey="row")
+    rows = {"nats per word": ["reconstruction", "kl"]}
+    rows |= {"weight": ["kl_weight"], "score": ["bleu4", "gaussian_score"]}
+    for panels, (name, history) in zip(grid.T, histories.items(), strict=True):
+        for panel, (unit, keys) in zip(panels, rows.items(), strict=True):
+            pd.DataFrame(history).plot("epoch", keys, ax=panel, ylabel=unit)
+        panels[0].set(title=f"{name} KL weight", yscale="symlog", ylim=(0, None))
+        panels[2].set(ylim=(0, 1.02))
+    t.write_file(folder / "schedules.png", partial(figure.savefig, format="png"))
     print(f"wrote     {folder / 'schedules.png'}")
 
 

@@ -247,13 +247,6 @@ def test_made_up_verbs_spell_no_held_out_verb(here, monkeypatch):
     assert told and told[0] >= {"accept", "accepted", "add", "adds"}.union(*verbs.held_out)
 
 
-def test_histories_read_again_are_drawn_side_by_side(here):
-    run()
-    rows = pd.read_csv("run/history.csv").to_dict("records")
-    cvae.plot_history(Path("both.png"), {"monotonic": rows, "cyclical": rows})
-    assert Path("both.png").stat().st_size > 10_000
-
-
 @pytest.mark.parametrize("steps", [1, 5, 8])  # in the first epoch, the second, the third
 def test_resume_equals_no_interruption(here, monkeypatch, capsys, steps):
     flags = ["--holdout", "4", "--prior-draws", "1"]
