@@ -120,7 +120,7 @@ def read_table(path: Path) -> tuple[pd.DataFrame, str]:
 
 def read_texts(table: pd.DataFrame, path: Path, key: str | None, columns: list[str]) -> tuple:
     """Ids and texts of a table's rows."""
-    if missing := ", ".join({key, *columns} - {None, *table}) or "" if columns else "text":
+    if missing := ", ".join({key, *columns} - {None, *table}) if columns else "text":
         found = f"no {missing} column; found {', '.join(table)}"
         fail(f"{path}: {found}. Name it with --text-columns or --id-column")
     ids = list(table[key].str.strip()) if key else [str(i + 1) for i in range(len(table))]
