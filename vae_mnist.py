@@ -368,6 +368,8 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
         row = {"epoch": epoch + 1, "kl_weight": weight}
         row["train_reconstruction"], row["train_kl"] = (sums / (WORLD * per_epoch)).tolist()
         held_out, _ = evaluate(average, images["validation"], args)
+        if not math.isfinite(held_out["neg_elbo"]):
+            fail(f"no finite loss after epoch {epoch + 1}. Lower --lr")
         row |= {f"validation_{key}": held_out[key] for key in ("reconstruction", "kl")}
         for part in ("train", "validation"):
             row[f"{part}_loss"] = row[f"{part}_reconstruction"] + weight * row[f"{part}_kl"]
