@@ -273,6 +273,22 @@ def test_a_signal_ends_it_at_once(script, owner, function, when, number, monkeyp
 
 
 @each_script
+def test_under_torchrun_the_command_is_torchruns(script, monkeypatch, capsys):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["script.py", "--out", "a b"])
+    try:
+        script.exit_on_signals()
+        with pytest.raises(SystemExit) as stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert stopped.value.code == 143
+    assert "torchrun --nproc-per-node 2 script.py --out 'a b' --resume" in capsys.readouterr().out
+
+
+@each_script
 def test_not_finite(script, monkeypatch, capsys):
     """One line says where, and the last epoch's checkpoint goes on."""
     whole(script), capsys.readouterr()
