@@ -120,7 +120,8 @@ def read_table(path: Path) -> tuple[pd.DataFrame, str]:
 
 def read_texts(table: pd.DataFrame, path: Path, key: str | None, columns: list[str]) -> tuple:
     """Ids and texts of a table's rows."""
-    if missing := ", ".join({key, *columns} - {None, *table}) if columns else "text":
+    missing = ", ".join({key, *columns} - {None, *table}) if columns else "text"
+    if missing:
         found = f"no {missing} column; found {', '.join(table)}"
         fail(f"{path}: {found}. Name it with --text-columns or --id-column")
     ids = list(table[key].str.strip()) if key else [str(i + 1) for i in range(len(table))]
@@ -783,7 +784,7 @@ def main(argv: list[str] | None = None) -> dict:
             fail(f"--batch-size {args.batch_size}: give a multiple of the {WORLD} processes")
         if WORLD > 1:
             dist.init_process_group("nccl" if pick_device(args.device).type == "cuda" else "gloo")
-        with one_line("another process", "Add --resume") if WORLD > 1 else contextlib.nullcontext():
+        with one_line("torchrun", "Add --resume") if WORLD > 1 else contextlib.nullcontext():
             metrics = cross_validate(args, load_news(args))
         print("accuracy  {oof_accuracy:.4f} ± {oof_accuracy_se:.4f}, out of fold".format(**metrics))
         print("next      kaggle competitions submit COMPETITION -f submission.csv -m Transformer")

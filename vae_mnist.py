@@ -200,7 +200,7 @@ class Prior(nn.Module):
 
     def forward(self) -> D.Distribution:
         if self.training:
-            return gaussian(self.loc[:1], self.loc[:1])
+            return gaussian(*torch.zeros(2, 1, self.loc.shape[1]).to(self.loc))
         gaussians = D.MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False)
         return D.MixtureSameFamily(D.Categorical(self.weights), gaussians, validate_args=False)
 
@@ -845,7 +845,7 @@ def main(argv: list[str] | None = None) -> dict:
             return {} if RANK else use_finished(at_weight(args, args.kl_weight[0]))
         if WORLD > 1:
             dist.init_process_group("nccl" if pick_device(args.device).type == "cuda" else "gloo")
-        with one_line("another process", "Add --resume") if WORLD > 1 else contextlib.nullcontext():
+        with one_line("torchrun", "Add --resume") if WORLD > 1 else contextlib.nullcontext():
             metrics = train_all(args)
     if WORLD > 1:
         dist.destroy_process_group()

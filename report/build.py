@@ -105,9 +105,8 @@ def plan_transformer(plan: Plan, quick: bool) -> None:
     plan.measure("comparison", "tokenizers", "comparison", "tokenizers.csv", needs)
     for name, flags in ABLATION.items():
         epochs = ["--epochs", "2" if quick else "8"]
-        script = (
-            "report/variant.py" if flags[:1] in (["adam"], ["sgd"], ["relu"]) else "transformer.py"
-        )
+        named = flags and not flags[0].startswith("--")
+        script = "report/variant.py" if named else "transformer.py"
         plan.train(ablation_key(name), script, [*flags, *epochs])
 
 

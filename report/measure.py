@@ -380,6 +380,7 @@ def measure_schedules(folder: Path) -> None:
             pd.DataFrame(history).plot("epoch", keys, ax=panel, ylabel=unit)
         panels[0].set(title=f"{name} KL weight", yscale="symlog", ylim=(0, None))
         panels[2].set(ylim=(0, 1.02))
+        panels[2].legend(loc="lower right")  # else it covers where they end
     t.write_file(folder / "schedules.png", partial(figure.savefig, format="png"))
     print(f"wrote     {folder / 'schedules.png'}")
 

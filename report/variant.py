@@ -2,7 +2,7 @@
 
     python report/variant.py spacy --data DIR --out DIR
 
-The flags are those of transformer.py; without a change of ours it is that script.
+The flags are those of transformer.py; basic_english changes nothing.
 """
 
 import sys

@@ -394,7 +394,9 @@ def test_one_process_killed(script, victim):
     begin = time.monotonic()
     output, errors = cut.communicate(timeout=60)
     assert time.monotonic() - begin < 30
-    assert cut.returncode != 0 and "--resume" in output + errors, errors
+    said = re.search("error: torchrun: .*Add --resume", errors)
+    stopped = "go on with: torchrun" in output  # the launcher's SIGTERM may come first
+    assert (said or stopped) and cut.returncode != 0, errors
     left_whole(script, "cut")
     assert not (checkpoint.parent / "metrics.json").exists()
     again = spread(path_of(script), script, *more, "--out", "cut", "--resume")
