@@ -45,7 +45,6 @@ import time
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -69,7 +68,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-SCRIPT, VERSION = "vae_anime", "vae_anime 5"  # the checkpoint's; count up with the network
+SCRIPT, VERSION = "vae_anime", "vae_anime 6"  # the checkpoint's; count up with the network
 DATA = "anime-faces.zip"
 SOURCE = "The real anime-faces.zip is the course's file; put it into data/ beside the script"
 SHAPE = (3, 64, 64)  # channels, rows, columns
@@ -77,15 +76,14 @@ LEVELS = 256  # every value of a byte
 LATENT_DIM = 64  # of the global code
 WIDTH, DETAIL = 64, 8  # channels of the detail's network; channels of each of its codes
 SMOOTH_SIGMA = 0.15  # of the smooth image's own likelihood: the larger, the less z has to tell
-LADDER = ((8, 3), (16, 2))  # (rows and columns, codes), from coarse to fine
+LADDER = (8, 8, 8, 16, 16)  # rows and columns of each code, from coarse to fine
 PRIOR_GAUSSIANS = 16  # in the learned prior; 64 would learn the codes by heart
 EPOCHS = 12
 LEARNING_RATE = 2e-3
-WARMUP = 0.0  # epochs
 EPSILON = 1e-2  # of Adam: with 1e-8 a ladder silenced by a large λ drifts till its KL explodes
 MAX_NORM = 3000.0  # of the gradient
-TEMPERATURE = 0.75  # of draws
-COOLING = 0.25  # the share of it that z takes; detail takes all of it
+TEMPERATURE = 0.85  # of draws
+TERMS = ("reconstruction", "kl", "loss")  # of training: loss = reconstruction + λ KL
 ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2016)
 IWAE_IMAGES = 100  # that its bound is taken of
 MAX_BYTES = 2**25  # of one image file, and of one unpacked image's pixels
@@ -106,37 +104,31 @@ def find_data(given: Path | None) -> Path:
 def load_images(path: Path) -> tuple[np.ndarray, str]:
     """All PNG and JPEG images of a zip file or a folder, uint8 (N, 3, 64, 64), and their sha256.
 
-    Each becomes RGB of 64 x 64. What cannot be read is left out, and counted in a line. Nothing is
-    unpacked to a path.
+    Each becomes RGB of 64 x 64. What cannot be read is left out, and counted in a line.
     """
-    unread = []
-
-    def decode(name: str) -> np.ndarray | None:
-        """The image (3, 64, 64), if it can be read."""
-        try:
-            with archive.open(name) if archive else open(path / name, "rb") as file:
-                content = file.read(MAX_BYTES)
-            with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
-                if image.width * image.height * 4 > MAX_BYTES or image.mode.startswith("I"):
-                    raise ValueError(f"{image.size} pixels of mode {image.mode}")  # I: 16 bits
-                pixels = image.convert("RGB").resize(SHAPE[:0:-1], Image.Resampling.BOX)
-            return np.asarray(pixels).transpose(2, 0, 1)
-        except Exception as error:  # zipfile and Pillow raise what the bytes lead them into
-            unread.append(f"{name!r} ({error})")
-
+    images, unread = [], []
     with one_line(path, "Give a zip file or a folder of PNG or JPEG images"):
         archive = None if path.is_dir() else zipfile.ZipFile(path)
-        files = archive.namelist() if archive else path.rglob("*")
-        names = sorted(str(name if archive else name.relative_to(path)) for name in files)
-        names = [name for name in names if name.lower().endswith((".png", ".jpg", ".jpeg"))]
-        with ThreadPoolExecutor() as pool:
-            images = [image for image in pool.map(decode, names) if image is not None]
+        files = archive.namelist() if archive else [p.relative_to(path) for p in path.rglob("*")]
+        for name in sorted(map(str, files)):
+            if not name.lower().endswith((".png", ".jpg", ".jpeg")):
+                continue
+            try:
+                with archive.open(name) if archive else open(path / name, "rb") as file:
+                    content = io.BytesIO(file.read(MAX_BYTES))
+                with Image.open(content, formats=("PNG", "JPEG")) as image:
+                    if image.width * image.height * 4 > MAX_BYTES or image.mode.startswith("I"):
+                        raise ValueError(f"{image.size} pixels of mode {image.mode}")  # I: 16 bits
+                    pixels = image.convert("RGB").resize(SHAPE[:0:-1], Image.Resampling.BOX)
+                images.append(np.asarray(pixels).transpose(2, 0, 1))
+            except Exception as error:  # zipfile and Pillow raise what the bytes lead them into
+                unread.append(f"{name!r} ({error})")
         if not images:
             raise ValueError("no PNG or JPEG image in it that can be read")
     if unread:
-        print(f"warning   {path}: {len(unread)} images cannot be read, such as {min(unread)}")
-    pixels = np.stack(images)
-    return pixels, hashlib.sha256(path.read_bytes() if archive else pixels.tobytes()).hexdigest()
+        print(f"warning   {path}: {len(unread)} images cannot be read, such as {unread[0]}")
+    stacked = np.stack(images)
+    return stacked, hashlib.sha256(path.read_bytes() if archive else stacked.tobytes()).hexdigest()
 
 
 def split_images(images: np.ndarray, seed: int, limit: int | None) -> dict[str, Tensor]:
@@ -197,17 +189,13 @@ class Prior(nn.Module):
         self.loc = nn.Parameter(torch.zeros(count, latent_dim), False)
         self.scale_tril = nn.Parameter(torch.eye(latent_dim).repeat(count, 1, 1), False)
 
-    def forward(self) -> D.Distribution:
+    def forward(self, temperature: float = 1.0) -> D.Distribution:
+        """p(z), each Gaussian's standard deviations times `temperature`."""
         if self.training:
             return gaussian(*torch.zeros(2, 1, self.loc.shape[1]).to(self.loc))
-        gaussians = D.MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False)
+        spread = temperature * self.scale_tril
+        gaussians = D.MultivariateNormal(self.loc, scale_tril=spread, validate_args=False)
         return D.MixtureSameFamily(D.Categorical(self.weights), gaussians, validate_args=False)
-
-    def draw(self, count: int, temperature: float) -> Tensor:
-        """(count, k), each Gaussian's standard deviations times `temperature`."""
-        j = D.Categorical(self.weights).sample((count,))
-        noise = temperature * torch.randn(count, self.loc.shape[1], 1).to(self.loc)
-        return self.loc[j] + (self.scale_tril[j] @ noise)[..., 0]
 
     @torch.no_grad()
     def fit(self, z: Tensor) -> None:
@@ -220,45 +208,12 @@ class Prior(nn.Module):
 
 
 @D.register_kl(D.Independent, D.MixtureSameFamily)
-def kl_to_mixture(q: D.Independent, mixture: D.MixtureSameFamily) -> Tensor:
-    """KL(q ‖ mixture), (B,); an upper bound, so that the ELBO holds.
-
-    -ln Σ w exp(E[ln N]) is above E[-ln p(z)], since ln Σ exp is convex (Jensen).
-    """
-    parts = mixture.component_distribution
-    trace = q.variance @ parts.precision_matrix.diagonal(dim1=1, dim2=2).T  # (B, K)
-    expected = parts.log_prob(q.mean[:, None]) - 0.5 * trace  # E[ln N_j(z)], (B, K)
-    return -(mixture.mixture_distribution.logits + expected).logsumexp(1) - q.entropy()
-
-
-def encoder(latent_dim: int) -> nn.Sequential:
-    """x (B, 3, 64, 64) -> mu and logvar of q(z|x) beside each other, (B, 2k)."""
-    quarter = nn.Conv2d(3, 32, 4, 4), Residual(32), Residual(32)  # (B, 32, 16, 16)
-    eighth = nn.Conv2d(32, 64, 4, 2, 1), Residual(64), Residual(64)  # (B, 64, 8, 8)
-    codes = nn.SiLU(), nn.Flatten(), nn.Linear(64 * 64, 2 * latent_dim)
-    return nn.Sequential(*quarter, *eighth, *codes)
-
-
-def decoder(latent_dim: int) -> nn.Sequential:
-    """z (B, k) -> what it adds to the mean image, (B, 3, 64, 64)."""
-    eighth = nn.Linear(latent_dim, 64 * 64), nn.Unflatten(1, (64, 8, 8))
-    quarter = Residual(64), Residual(64), *upsample(64, 32)  # (B, 32, 16, 16)
-    half = Residual(32), Residual(32), *upsample(32, 16), nn.SiLU()  # (B, 16, 32, 32)
-    return nn.Sequential(*eighth, *quarter, *half, *upsample(16, 3))
-
-
-class Features(nn.Module):
-    """An image (B, C, 64, 64) -> its features at 8 x 8 and at 16 x 16, (B, WIDTH, ·, ·) each."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        first = nn.Conv2d(channels, WIDTH, 4, 4)
-        self.fine = nn.Sequential(first, Residual(WIDTH), Residual(WIDTH))
-        self.coarse = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 4, 2, 1), Residual(WIDTH))
-
-    def forward(self, x: Tensor) -> dict[int, Tensor]:
-        fine = self.fine(x)
-        return {8: self.coarse(fine), 16: fine}
+def kl_to_mixture(q: D.Independent, p: D.MixtureSameFamily) -> Tensor:
+    """KL(q ‖ p), (B,); an upper bound, as -ln Σ w exp(E[ln N]) is above E[-ln p(z)] (Jensen)."""
+    gaussians = p.component_distribution
+    trace = q.variance @ gaussians.precision_matrix.diagonal(dim1=1, dim2=2).T  # (B, K)
+    expected = gaussians.log_prob(q.mean[:, None]) - 0.5 * trace  # E[ln N_j(z)], (B, K)
+    return -(p.mixture_distribution.logits + expected).logsumexp(1) - q.entropy()
 
 
 class Rung(nn.Module):
@@ -270,9 +225,6 @@ class Rung(nn.Module):
         joined = nn.Conv2d(2 * WIDTH, WIDTH, 1), Residual(WIDTH), nn.SiLU()
         self.q = nn.Sequential(*joined, nn.Conv2d(WIDTH, 2 * DETAIL, 3, 1, 1))
         self.add, self.mix = nn.Conv2d(DETAIL, WIDTH, 3, 1, 1), Residual(WIDTH)
-        for last in (self.p[-1], self.q[-1]):  # so that p = q = N(0, I) at the start
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
 
     def forward(self, h: Tensor, seen: Tensor | None, temperature: float) -> tuple[Tensor, tuple]:
         """The next h, and (code, q, p); without features `seen` of x the code is drawn from p."""
@@ -287,27 +239,21 @@ class Pixels(NamedTuple):
     """p(x|z, detail), Gaussian in the frequencies of x, and the smooth image that z alone makes."""
 
     mean: Tensor  # (B, 3, 64, 64)
-    log_sigma: Tensor  # of each frequency, (3, 64, 64), alike while it trains; () of one for all
+    sigma: Tensor  # of each frequency, (3, 64, 64); one for all, (), while it trains
     smooth: Tensor  # (B, 3, 64, 64)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x|z, detail) of x (B, 3, 64, 64), (B,) (Kingma and Welling 2014, eq. 12)."""
-        scaled = frequencies(self.mean - x) * (-self.log_sigma).exp()
-        constant = 0.5 * math.prod(SHAPE) * math.log(2 * math.pi)
-        return (
-            -0.5 * scaled.square().flatten(1).sum(1) - self.log_sigma.expand(SHAPE).sum() - constant
-        )
+        errors = frequencies(self.mean - x)
+        return D.Normal(0.0, self.sigma, validate_args=False).log_prob(errors).flatten(1).sum(1)
 
 
 def frequencies(images: Tensor) -> Tensor:
-    """The discrete cosine transform over colours, rows and columns of images (B, 3, 64, 64)."""
-    transforms = []  # orthonormal, a frequency a row (Ahmed et al. 1974)
-    for size in SHAPE[:2]:
-        place, frequency = torch.arange(size) + 0.5, torch.arange(size)[:, None]
-        rows = (math.pi / size * frequency * place).cos() * math.sqrt(2 / size)
-        transforms.append(torch.cat([rows[:1] / math.sqrt(2), rows[1:]]).to(images))
-    colours, places = transforms
-    return places @ torch.einsum("bchw,dc->bdhw", images, colours) @ places.T
+    """The orthonormal cosine transform (Ahmed et al. 1974) over colours, rows and columns."""
+    numbers = (torch.arange(size, device=images.device) for size in SHAPE[:2])
+    waves = ((math.pi / len(n) * n.outer(n + 0.5)).cos() for n in numbers)
+    colours, places = (F.normalize(wave) for wave in waves)  # a frequency a row
+    return places @ torch.einsum("dc,bchw->bdhw", colours, images) @ places.T
 
 
 class VAE(nn.Module):
@@ -315,11 +261,22 @@ class VAE(nn.Module):
 
     def __init__(self, latent_dim: int, learned_prior: bool):
         super().__init__()
-        self.encoder, self.decoder = encoder(latent_dim), decoder(latent_dim)
+        # x (B, 3, 64, 64) -> mu and logvar of q(z|x) beside each other, (B, 2k)
+        quarter = nn.Conv2d(3, 32, 4, 4), Residual(32), Residual(32)  # (B, 32, 16, 16)
+        eighth = nn.Conv2d(32, 64, 4, 2, 1), Residual(64), Residual(64)  # (B, 64, 8, 8)
+        codes = nn.SiLU(), nn.Flatten(), nn.Linear(64 * 64, 2 * latent_dim)
+        self.encoder = nn.Sequential(*quarter, *eighth, *codes)
+        # z (B, k) -> what it adds to the mean image, (B, 3, 64, 64)
+        eighth = nn.Linear(latent_dim, 64 * 64), nn.Unflatten(1, (64, 8, 8))
+        quarter = Residual(64), Residual(64), *upsample(64, 32)  # (B, 32, 16, 16)
+        half = Residual(32), Residual(32), *upsample(32, 16), nn.SiLU()  # (B, 16, 32, 32)
+        self.decoder = nn.Sequential(*eighth, *quarter, *half, *upsample(16, 3))
         self.prior = Prior(latent_dim, PRIOR_GAUSSIANS if learned_prior else 1)
-        self.look, self.compare = Features(3), Features(6)
-        self.ladder = nn.ModuleList(nn.ModuleList(Rung() for _ in range(n)) for _, n in LADDER)
-        self.grow = nn.Sequential(nn.Conv2d(WIDTH, 4 * WIDTH, 1), nn.PixelShuffle(2))
+        self.look, self.compare = (  # (B, 3 or 6, 64, 64) -> (B, WIDTH, 16, 16)
+            nn.Sequential(nn.Conv2d(channels, WIDTH, 4, 4), Residual(WIDTH), Residual(WIDTH))
+            for channels in (3, 6)
+        )
+        self.ladder = nn.ModuleList(Rung() for _ in LADDER)
         half = Residual(WIDTH), *upsample(WIDTH, 32), Residual(32), nn.SiLU()  # (B, 32, 32, 32)
         self.paint = nn.Sequential(*half, *upsample(32, 3))
         nn.init.zeros_(self.paint[-2].weight)
@@ -342,29 +299,29 @@ class VAE(nn.Module):
         with autocast(z.device):
             smooth = self.mean_image + self.decoder(z)
             start = smooth.detach()  # so that detail cannot bend what z means
-            features, details, h = self.look(start - 0.5), [], 0.0
-            seen = {} if x is None else self.compare(torch.cat([x - 0.5, 3 * (x - start)], 1))
-            for (size, _), rungs in zip(LADDER, self.ladder, strict=True):
-                h = features[size] + (self.grow(h) if details else 0.0)
-                for rung in rungs:
-                    h, detail = rung(h, seen.get(size), temperature)
-                    details.append(detail)
+            look, details = self.look(start - 0.5), []
+            seen = None if x is None else self.compare(torch.cat([x - 0.5, 3 * (x - start)], 1))
+            h = torch.zeros_like(look)
+            for size, rung in zip(LADDER, self.ladder, strict=True):
+                h = F.interpolate(h, size) + F.adaptive_avg_pool2d(look, size)
+                at_size = None if x is None else F.adaptive_avg_pool2d(seen, size)
+                h, detail = rung(h, at_size, temperature)
+                details.append(detail)
             painted = start + self.paint(h)
-        least = 1 / (2 * math.pi * 255**2)  # a narrower density is no bound for whole values
-        spectrum = 0.5 * self.squares.clamp_min(least).log()
-        return Pixels(painted, self.log_sigma if self.training else spectrum, smooth), details
+        least = 1 / (math.sqrt(2 * math.pi) * 255)  # a narrower density bounds no whole values
+        sigma = self.log_sigma.exp() if self.training else self.squares.sqrt().clamp_min(least)
+        return Pixels(painted, sigma, smooth), details
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction -log p(x|z, detail) and KL, (B,) each, whose gradients train all of it.
 
         To the first the smooth image adds its own -log p(x|z): no value, but the gradient.
         """
-        pixels, codes = infer(self, x, self.encode(x))
+        pixels, kl, _ = infer(self, x, self.encode(x))
         squares = frequencies(pixels.mean - x).detach().square().mean(0)
         self.squares.lerp_(squares, 0.01)  # of about the last hundred steps
-        log_sigma = torch.tensor(SMOOTH_SIGMA, device=x.device).log()
-        guide = pixels._replace(mean=pixels.smooth, log_sigma=log_sigma).log_prob(x)
-        return guide.detach() - guide - pixels.log_prob(x), total_kl(codes)
+        guide = (pixels.smooth - x).square().flatten(1).sum(1) / (2 * SMOOTH_SIGMA**2)
+        return guide - guide.detach() - pixels.log_prob(x), kl
 
 
 # objective (nats per image) -----------------------------------------------------------------------
@@ -375,89 +332,77 @@ def bits_per_dim(pixels: Pixels, x: Tensor, kl: Tensor) -> dict[str, Tensor]:
 
     8 is log2 256, as is custom; 255 steps lie between the levels: exactly log2(256/255) less.
     """
-    one = 0.5 * (2 * pixels.log_sigma).exp().mean().log()  # of the mean variance
-    kinds = {"bits_per_dim": pixels, "bits_per_dim_one_sigma": pixels._replace(log_sigma=one)}
+    one = pixels._replace(sigma=pixels.sigma.square().mean().sqrt())
+    kinds = {"bits_per_dim": pixels, "bits_per_dim_one_sigma": one}
     dim = math.prod(SHAPE) * math.log(2)
     return {name: (kl - kind.log_prob(x)) / dim + 8 for name, kind in kinds.items()}
 
 
 def infer(model: VAE, x: Tensor, q: D.Independent) -> tuple:
-    """p(x|codes), and (code, q, p) of each code, drawn from its q; first z, whose q is given."""
+    """p(x|codes), their KL(q ‖ p), (B,), and (code, q, p) of each, drawn from q; first z of this q.
+
+    The KL of two Gaussians is Kingma and Welling's appendix B.
+    """
     z = q.rsample()
     pixels, details = model.decode(z, x)
-    return pixels, [(z, q, model.prior()), *details]
-
-
-def total_kl(codes: list) -> Tensor:
-    """KL(q ‖ p) summed over the codes, (B,); of two Gaussians Kingma and Welling's appendix B."""
-    return sum(D.kl_divergence(q, p) for _, q, p in codes)
+    codes = [(z, q, model.prior()), *details]
+    return pixels, sum(D.kl_divergence(q, p) for _, q, p in codes), codes
 
 
 @torch.no_grad()
 def iwae_bound(model: VAE, x: Tensor, q: D.Independent, samples: int) -> Tensor:
-    """log 1/K Σ p(x, codes) / q(codes|x) of one image (1, C, H, W) (Burda et al. 2016, eq. 8)."""
+    """log 1/K Σ p(x, codes) / q(codes|x), (B,), of K samples (Burda et al. 2016, eq. 8)."""
     log_weights = []
-    for count in torch.arange(samples).split(64):  # so many images fit any memory
-        many = x.expand(len(count), -1, -1, -1)
-        pixels, codes = infer(model, many, q.expand([len(count)]))
+    for _ in range(samples):
+        pixels, _, codes = infer(model, x, q)
         ratios = (p.log_prob(code) - q.log_prob(code) for code, q, p in codes)
-        log_weights.append(pixels.log_prob(many) + sum(ratios))
-    return torch.cat(log_weights).logsumexp(0) - math.log(samples)
+        log_weights.append(pixels.log_prob(x) + sum(ratios))
+    return torch.stack(log_weights).logsumexp(0) - math.log(samples)
 
 
 # train and evaluate -------------------------------------------------------------------------------
 
 
-def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable, bar: tqdm) -> VAE:
-    """Minimise reconstruction + λ KL, on from `state`; return the average of the weights."""
+def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable, bar) -> None:
+    """Minimise reconstruction + λ KL, on from `state`."""
     device, first = model.mean_image.device, len(state["history"])
     learned = [p for p in model.parameters() if p.requires_grad]
-    fused = device.type != "mps"
-    optimizer = torch.optim.Adam(learned, args.lr, (0.9, 0.99), EPSILON, fused=fused)
-    average = copy.deepcopy(model).eval()  # of the weights: what is scored and kept
-    parts = {"model": model, "average": average, "optimizer": optimizer}
-    for name in parts.keys() & state.keys():
-        parts[name].load_state_dict(state[name])
-    parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    optimizer = torch.optim.Adam(learned, args.lr, (0.9, 0.99), EPSILON, fused=True)
     per_epoch = len(images["train"]) // args.batch_size  # a batch that is not full is left out
+    steps = args.epochs * per_epoch
+    parts = {"model": model, "optimizer": optimizer}
+    for name in parts.keys() & state.keys():
+        parts[name].load_state_dict(state.pop(name))
+    parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     bar.update(first * per_epoch)
     for epoch in range(first, args.epochs):
+        model.train()
         order = torch.randperm(len(images["train"]), generator=seed_all(args.seed, epoch))
-        sums = torch.zeros(2, device=device)  # reconstruction, KL
+        sums = torch.zeros(len(TERMS), device=device)
         for step, batch in enumerate(order.split(args.batch_size)[:per_epoch], epoch * per_epoch):
             changed = augment(images["train"][batch], seed_all(args.seed, epoch, step))
             x = to_pixels(changed[RANK::WORLD].to(device))
             seed_all(args.seed, epoch, step, RANK)
 
             reconstruction, kl = (term.mean() for term in parallel(x))
-            weight = args.kl_weight * min(1.0, (step + 1) / max(1.0, WARMUP * per_epoch))
+            loss = reconstruction + args.kl_weight * kl
             optimizer.zero_grad()
-            ((reconstruction + weight * kl) / max(1.0, weight)).backward()  # for Adam and the norm
+            (loss / max(1.0, args.kl_weight)).backward()  # so that ε and the norm mean the same
             norm = nn.utils.clip_grad_norm_(learned, MAX_NORM)
-            if not math.isfinite(reconstruction.item() + kl.item() + norm.item()):
+            if not math.isfinite(loss.item() + norm.item()):
                 fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
-            optimizer.param_groups[0]["lr"] = learning_rate(step, args.epochs * per_epoch, args.lr)
-            if norm < 100 * MAX_NORM:  # else an outlier (Child 2021)
-                optimizer.step()
-            with torch.no_grad():  # the average of about the last thousand steps
-                share = 1 - min(0.999, (1 + step) / (10 + step))
-                means, weights = average.state_dict(), model.state_dict()
-                torch._foreach_lerp_([*means.values()], [*weights.values()], share)
-            sums += torch.stack([reconstruction, kl]).detach()
+            decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)  # after a tenth of warm-up
+            optimizer.param_groups[0]["lr"] = args.lr * min(10 * (step + 1) / steps, decay)
+            optimizer.step()
+            sums += torch.stack([reconstruction, kl, loss]).detach()
             bar.update()
         if WORLD > 1:
             dist.all_reduce(sums)
-        row = {"epoch": epoch + 1, "kl_weight": weight}
-        row["train_reconstruction"], row["train_kl"] = (sums / (WORLD * per_epoch)).tolist()
-        held_out, _ = evaluate(average, images["validation"], args)
-        if not math.isfinite(held_out["neg_elbo"]):
-            fail(f"no finite loss after epoch {epoch + 1}. Lower --lr")
-        row |= {f"validation_{key}": held_out[key] for key in ("reconstruction", "kl")}
-        for part in ("train", "validation"):
-            row[f"{part}_loss"] = row[f"{part}_reconstruction"] + weight * row[f"{part}_kl"]
-        state["history"].append(row)
+        held_out, _ = evaluate(model.eval(), images["validation"], args)
+        means = zip(TERMS, (sums / (WORLD * per_epoch)).tolist(), strict=True)
+        row = {"epoch": epoch + 1} | {f"train_{term}": mean for term, mean in means}
+        state["history"].append(row | {f"validation_{term}": held_out[term] for term in TERMS})
         save(state | {name: part.state_dict() for name, part in parts.items()})
-    return average
 
 
 def fit_prior(model: VAE, images: dict, args: Namespace) -> VAE:
@@ -470,23 +415,20 @@ def fit_prior(model: VAE, images: dict, args: Namespace) -> VAE:
 
 
 @torch.no_grad()
-def evaluate(
-    model: VAE, images: Tensor, args: Namespace, final: bool = False
-) -> tuple[dict[str, float], dict[str, Tensor]]:
+def evaluate(model: VAE, images: Tensor, args: Namespace, final=False) -> tuple[dict, dict]:
     """Scores of uint8 images (N, C, H, W), the means in nats; and what figures need of each image.
 
-    q(z|x) is the encoder's, of a `final` score the posterior. The squared error is that of the mean
-    of p(x|codes) with codes drawn from q, not put at its mean.
+    q(z|x) is the encoder's, of a `final` score the posterior; codes are drawn, not put at its mean.
     """
     seed_all(args.seed)
     rows = []
     for batch in images.split(250):
         x = to_pixels(batch.to(model.mean_image.device))
         q = model.posterior(x, args.kl_weight) if final else model.encode(x)
-        pixels, codes = infer(model, x, q)
-        again, kl, reconstruction = pixels.mean.clamp(0, 1), total_kl(codes), -pixels.log_prob(x)
+        pixels, kl, _ = infer(model, x, q)
+        again, reconstruction = pixels.mean.clamp(0, 1), -pixels.log_prob(x)
         scores = {"reconstruction": reconstruction, "kl": kl, "neg_elbo": reconstruction + kl}
-        scores |= bits_per_dim(pixels, x, kl)
+        scores |= {"loss": reconstruction + args.kl_weight * kl} | bits_per_dim(pixels, x, kl)
         scores |= {"psnr_db": (again - x).square().flatten(1).mean(1)}
         rows.append(scores | {"mu": q.mean, "variance": q.variance, "again": to_bytes(again)})
     each = {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
@@ -495,27 +437,16 @@ def evaluate(
     return means, each
 
 
-@torch.no_grad()
-def describe_posterior(model: VAE, mu: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and variances (N, k) of q(u|x), where u is z shifted and scaled to p's mean 0, σ 1."""
-    prior = model.prior()
-    return (mu - prior.mean.cpu()) / prior.stddev.cpu(), variance / prior.variance.cpu()
-
-
-def score(model: VAE, images: Tensor, order: Tensor, args: Namespace) -> tuple[dict, dict]:
-    """What metrics.json says of `images`, the bound of the first in `order`; what figures need."""
+def score(model: VAE, images: Tensor, args: Namespace) -> tuple[dict, dict]:
+    """What metrics.json says of `images`, the IWAE bound of some of them; what figures need."""
     metrics, each = evaluate(model, images, args, final=True)
-    seed_all(args.seed, args.iwae)
-    bounds, device = [], model.mean_image.device
-    for i in order[:IWAE_IMAGES]:
-        x, mu, variance = images[i, None], each["mu"][i, None], each["variance"][i, None]
-        q = gaussian(mu.to(device), variance.log().to(device))
-        bounds.append(iwae_bound(model, to_pixels(x.to(device)), q, args.iwae).item())
-    metrics |= {"iwae": -np.mean(bounds).item(), "iwae_samples": args.iwae}
-    same = each["neg_elbo"][order[:IWAE_IMAGES]].mean().item()  # to compare iwae with
-    metrics |= {"iwae_images": len(bounds), "iwae_neg_elbo": same, "temperature": args.temperature}
-    spread = describe_posterior(model, each["mu"], each["variance"])[0].var(0, correction=0)
-    metrics |= {"active_units": int((spread > ACTIVE).sum()), "latent_dim": len(spread)}
+    some = torch.randperm(len(images), generator=seed_all(args.seed))[:IWAE_IMAGES]
+    x = to_pixels(images[some].to(model.mean_image.device))
+    bound = iwae_bound(model, x, model.posterior(x, args.kl_weight), args.iwae).mean().item()
+    metrics |= {"iwae": -bound, "iwae_samples": args.iwae, "iwae_images": len(some)}
+    metrics["iwae_neg_elbo"] = each["neg_elbo"][some].mean().item()  # to compare iwae with
+    active = each["mu"].var(0, correction=0) > ACTIVE
+    metrics |= {"active_units": int(active.sum()), "latent_dim": len(active)}
     return metrics | {"parameters": sum(p.numel() for p in model.parameters())}, each
 
 
@@ -538,7 +469,7 @@ def paint(model: VAE, z: Tensor, args: Namespace) -> Tensor:
 def draw_samples(model: VAE, count: int, args: Namespace) -> Tensor:
     """The mean of p(x|codes) for codes from the prior, uint8 (count, C, H, W)."""
     seed_all(args.seed, count)
-    return paint(model, model.prior.draw(count, 1 + COOLING * (args.temperature - 1)), args)
+    return paint(model, model.prior(args.temperature).sample((count,)), args)
 
 
 def tile(images: Tensor, columns: int) -> np.ndarray:
@@ -581,34 +512,33 @@ def plot_images(folder: Path, model: VAE, test: Tensor, each: dict, args: Namesp
         show(panel, tile(lines, 12), "real | from one code to the other | real")
 
 
-def plot_posterior(folder: Path, model: VAE, test: Tensor, each: dict, args: Namespace) -> None:
-    """One image's q(u|x), and how many dimensions tell images apart."""
-    mean_u, var_u = describe_posterior(model, each["mu"], each["variance"])
+def plot_posterior(folder: Path, test: Tensor, each: dict, args: Namespace) -> None:
+    """One image's q(z|x), and how many dimensions tell images apart."""
     i = args.image % len(test)
     pair = torch.stack([to_bytes(to_pixels(test[i : i + 1]))[0], each["again"][i]])
-    order, count = var_u[i].argsort(), range(mean_u.shape[1])
-    spread = mean_u.var(0, correction=0)
+    order = each["variance"][i].argsort()
+    mu, variance = each["mu"][i, order], each["variance"][i, order]
+    spread = each["mu"].var(0, correction=0).sort(descending=True).values
     with panels(folder / "posterior.png", 4) as (images, means, variances, active):
         show(images, tile(pair, 2), f"test image {i} | reconstructed, λ = {args.kl_weight:g}")
-        means.bar(count, mean_u[i, order].numpy(), width=1.0)
-        means.set(xlabel="dimension of u, by variance", ylabel="mean of q(u|x)", ylim=(-5, 5))
-        variances.bar(count, var_u[i, order].numpy(), width=1.0)
-        variances.set(xlabel="dimension of u", ylabel="variance", yscale="log", ylim=(1e-9, 10))
-        active.semilogy(spread.sort(descending=True).values.clamp_min(1e-8))
-        active.set(xlabel="dimension of u, sorted", ylabel="variance over images of E[u|x]")
-        bounds = {means: 0, variances: 1, active: ACTIVE}
-        for panel, bound in bounds.items():
-            name = f"active above {bound}" if panel is active else f"prior: {bound}"
+        means.bar(range(len(mu)), mu.numpy(), width=1.0)
+        means.set(xlabel="dimension of z, by variance", ylabel="mean of q(z|x)", ylim=(-5, 5))
+        variances.bar(range(len(mu)), variance.numpy(), width=1.0)
+        variances.set(xlabel="dimension of z", ylabel="variance", yscale="log", ylim=(1e-9, 10))
+        active.semilogy(spread.clamp_min(1e-8))
+        active.set(xlabel="dimension of z, sorted", ylabel="variance over images of E[z|x]")
+        for panel, bound in {means: 0, variances: 1, active: ACTIVE}.items():
+            name = f"active above {bound}" if panel is active else f"N(0, I): {bound}"
             panel.axhline(bound, color="tab:red", linewidth=1, label=name)
             panel.legend(loc="lower right")
 
 
 def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> None:
     """Training (changed images, the step's own weights) and validation, by epoch."""
-    titles = {"loss": f"loss, λ = {kl_weight:g}", "reconstruction": "-log p(x|codes)", "kl": "KL"}
-    with panels(path, 3) as axes:
-        for panel, (key, title) in zip(axes, titles.items(), strict=True):
-            names = {f"train_{key}": "training", f"validation_{key}": "validation"}
+    titles = "-log p(x|codes)", "KL", f"loss, λ = {kl_weight:g}"
+    with panels(path, len(TERMS)) as axes:
+        for panel, term, title in zip(axes, TERMS, titles, strict=True):
+            names = {f"train_{term}": "training", f"validation_{term}": "validation"}
             curves = history.set_index("epoch")[[*names]].rename(columns=names)
             late = curves[len(curves) // 20 :].to_numpy()  # the first would flatten them
             limits = (late.min(), late.max() + 1e-6)
@@ -618,9 +548,8 @@ def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> 
 def plot_sweep(out: Path, metrics: dict[str, dict]) -> None:
     """A table with a row for each λ, and a sheet with its figures in a column."""
     keys = ("reconstruction", "kl", "neg_elbo")
-    table = pd.DataFrame(
-        [row | {key: row[key]["test"] for key in keys} for row in metrics.values()]
-    )
+    on_test = [row | {key: row[key]["test"] for key in keys} for row in metrics.values()]
+    table = pd.DataFrame(on_test)
     write_file(out / "sweep.csv", partial(table.to_csv, index=False, mode="wb"))
     shown = ["lambda", *keys, "iwae", "bits_per_dim", "psnr_db", "active_units", "seconds"]
     print(table[shown].round(3).to_string(index=False))
@@ -751,13 +680,6 @@ def load_checkpoint(path: Path, version: str, settings: dict) -> dict:
     return state
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first tenth of the steps, then half a cosine down to 0."""
-    warmup = max(1, steps // 10)
-    decay = max(0, step - warmup) / max(1, steps - warmup)
-    return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * decay))
-
-
 # fmt: off
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -782,7 +704,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--lr", type=float, default=LEARNING_RATE, help="peak rate of Adam [%(default)s]")
     add = parser.add_argument_group("scores and figures").add_argument
     add("--temperature", type=float, default=TEMPERATURE, metavar="T",
-        help="of draws: their codes' σ are multiplied by it, faces' z a quarter [%(default)s]")
+        help="of draws: the σ of their codes are multiplied by it [%(default)s]")
     add("--image", type=int, default=0, help="test image of posterior.png [%(default)s]")
     add("--iwae", type=int, default=64, help="samples for the IWAE bound [%(default)s]")
     args = parser.parse_args(argv)
@@ -791,9 +713,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     check_ranges(args, {name: (low, 2**32 - 1) for name, low in least.items()})
     for value in args.kl_weight:
         check_ranges(Namespace(**{"lambda": value}), {"lambda": (0, 1e9)})
-    by_folder = {f"{value:g}": value for value in args.kl_weight}  # named by six digits
-    args.kl_weight = list(by_folder.values())
-    if bool(args.evaluate) + bool(args.sample) + (len(by_folder) > 1) > 1:
+    args.weights = list({f"{value:g}": value for value in args.kl_weight}.values())  # by folder
+    args.kl_weight = args.weights[0]
+    if bool(args.evaluate) + bool(args.sample) + (len(args.weights) > 1) > 1:
         fail("give only one of --evaluate, --sample and several --lambda")
     return args
 # fmt: on
@@ -807,13 +729,13 @@ def load_finished(folder: Path, device: torch.device) -> tuple[VAE, dict]:
         fail(f"{folder}: no finished run there. Train, add --resume to go on, or name its --out")
     with one_line(path, "Train again without --resume"):
         model = VAE(state["settings"]["latent_dim"], state["settings"]["prior"] == "learned")
-        model.load_state_dict(state["average"])
+        model.load_state_dict(state["model"])
         return model.eval().to(device), state["settings"]
 
 
 def use_finished(args: Namespace) -> dict:
     """Draw --sample images from the finished model, or score it on every image of --evaluate."""
-    folder, began = args.folder, time.monotonic()
+    folder, began = args.out / f"lambda-{args.kl_weight:g}", time.monotonic()
     model, _ = load_finished(folder, pick_device(args.device))
     if args.sample:
         name, metrics = "samples", {"samples": args.sample, "temperature": args.temperature}
@@ -822,8 +744,7 @@ def use_finished(args: Namespace) -> dict:
         write_file(folder / f"samples-{args.sample}.png", partial(picture.save, format="png"))
     else:
         name, images = "reconstructions", torch.from_numpy(load_images(args.evaluate)[0])
-        order = torch.randperm(len(images), generator=seed_all(args.seed))  # it may be sorted
-        metrics, each = score(model, images, order, args)
+        metrics, each = score(model, images, args)
         metrics |= {"images": len(images), "seconds": time.monotonic() - began}
         arrays = {"image": images, "reconstruction": each["again"]}
     arrays = {name: x.permute(0, 2, 3, 1).squeeze(-1).numpy() for name, x in arrays.items()}
@@ -836,16 +757,17 @@ def use_finished(args: Namespace) -> dict:
 def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
     """Train at one λ, score the test images, and leave everything in <out>/lambda-<λ>/.
 
-    The checkpoint holds version, settings, history (a row an epoch), seconds, model, average,
-    optimizer; of a finished run metrics too, and the model to use is the average.
+    The checkpoint holds version, settings, history (a row an epoch), seconds, model and optimizer;
+    of a finished run metrics in place of the optimizer.
     """
-    device, began, test = pick_device(args.device), time.monotonic(), images["test"]
-    folder, checkpoint = args.folder, args.folder / "checkpoint.pt"
+    device, test = pick_device(args.device), images["test"]
+    folder = args.out / f"lambda-{args.kl_weight:g}"
+    checkpoint = folder / "checkpoint.pt"
     names = ("prior", "latent_dim", "epochs", "batch_size", "lr", "seed", "limit")
     settings = {name: getattr(args, name) for name in names}
     settings |= {"lambda": args.kl_weight, "sha256": sha256}
     state = {"version": VERSION, "settings": settings, "history": [], "seconds": 0.0}
-    if checkpoint.exists() and (args.resume or args.sweep):
+    if checkpoint.exists() and (args.resume or len(args.weights) > 1):
         saved = load_checkpoint(checkpoint, VERSION, settings if args.resume else {})
         if args.resume or ("metrics" in saved and saved["settings"] == settings):
             state = saved
@@ -854,33 +776,35 @@ def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
     if WORLD > 1:
         dist.barrier()  # until all have read what the first one may move away
 
+    began = time.monotonic() - state["seconds"]
+
     def save(state: dict) -> None:
         if RANK == 0:
-            seconds = state["seconds"] + time.monotonic() - began
-            write_file(checkpoint, partial(torch.save, state | {"seconds": seconds}))
+            state["seconds"] = time.monotonic() - began
+            write_file(checkpoint, partial(torch.save, state))
 
     with open_run(folder, args, {"data": sha256}) if RANK == 0 else contextlib.nullcontext():
         seed_all(args.seed)
         model = VAE(args.latent_dim, args.prior == "learned")
         model.mean_image.copy_(to_pixels(images["train"][:4096]).mean(0))
-        model = train(model.to(device), images, args, state, save, bar)
+        train(model.to(device), images, args, state, save, bar)
         if args.prior == "learned" and args.kl_weight > 0:
             model = fit_prior(model, images, args)
-        metrics, each = score(model, test, torch.arange(len(test)), args)
-        parts = {name: images[name][: len(test)] for name in ("train", "validation")}
-        parts = {name: evaluate(model, part, args, True)[0] for name, part in parts.items()}
-        for key in ("reconstruction", "kl", "neg_elbo"):
-            metrics[key] = {"test": metrics[key]} | {n: part[key] for n, part in parts.items()}
+        metrics, each = score(model, test, args)
+        scores = {"test": metrics}
+        for name in ("train", "validation"):
+            scores[name], _ = evaluate(model, images[name][: len(test)], args, final=True)
+        for key in ("reconstruction", "kl", "neg_elbo", "loss"):
+            metrics[key] = {name: part[key] for name, part in scores.items()}
         metrics |= {"lambda": args.kl_weight, "epochs": args.epochs}
-        metrics |= {"seconds": state["seconds"] + time.monotonic() - began}
+        metrics["seconds"] = time.monotonic() - began
         if RANK == 0:
             history = pd.DataFrame(state["history"])
             write_file(folder / "history.csv", partial(history.to_csv, index=False, mode="wb"))
             plot_learning_curve(folder / "learning-curve.png", history, args.kl_weight)
             plot_images(folder, model, test, each, args)
-            plot_posterior(folder, model, test, each, args)
-        finished = {name: state[name] for name in ("version", "settings", "history", "seconds")}
-        save(finished | {"average": model.state_dict(), "metrics": metrics})
+            plot_posterior(folder, test, each, args)
+        save(state | {"model": model.state_dict(), "metrics": metrics})
     return metrics
 
 
@@ -893,27 +817,19 @@ def train_all(args: Namespace) -> dict:
     if args.batch_size % WORLD:
         fail(f"--batch-size {args.batch_size}: give a multiple of the {WORLD} processes")
     each = args.epochs * (len(images["train"]) // args.batch_size)  # batches of a λ
-    total = each * len(args.kl_weight)
-    with tqdm(total=total, unit="batch", disable=RANK > 0 or None) as bar:
-        for one in map(partial(at_weight, args), args.kl_weight):
-            name = f"{one.kl_weight:g}"
+    with tqdm(total=each * len(args.weights), unit="batch", disable=RANK > 0 or None) as bar:
+        for weight in args.weights:
+            args.kl_weight, name = weight, f"{weight:g}"
             bar.update(each * len(metrics) - bar.n)  # of a λ that was finished before
-            metrics[name] = run(one, images, sha256, bar)
+            metrics[name] = run(args, images, sha256, bar)
             bar.write(f"λ = {name:6}-ELBO {metrics[name]['neg_elbo']['test']:.2f} nats")
             if RANK == 0:
-                write_json(one.folder / "metrics.json", metrics[name])
+                write_json(args.out / f"lambda-{name}" / "metrics.json", metrics[name])
     print(f"wrote     {args.out}/lambda-{', '.join(metrics)}")
-    words = ["--sample", "100", "--out", str(args.out), "--lambda", name]
-    print(f"next      {shlex.join(['python', sys.argv[0], *words])}")
+    print(f"next      python {sys.argv[0]} --sample 100 --out {args.out} --lambda {name}")
     if len(metrics) > 1 and RANK == 0:
         plot_sweep(args.out, metrics)
     return metrics if len(metrics) > 1 else metrics[name]
-
-
-def at_weight(args: Namespace, kl_weight: float) -> Namespace:
-    """The arguments of the run at one λ, its folder, and whether it is one of several."""
-    own = {"kl_weight": kl_weight, "folder": args.out / f"lambda-{kl_weight:g}"}
-    return Namespace(**vars(args) | own, sweep=len(args.kl_weight) > 1)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -924,7 +840,7 @@ def main(argv: list[str] | None = None) -> dict:
     exit_on_signals()
     with contextlib.redirect_stdout(io.StringIO() if RANK else sys.stdout):  # the first one speaks
         if args.evaluate or args.sample:
-            return {} if RANK else use_finished(at_weight(args, args.kl_weight[0]))
+            return {} if RANK else use_finished(args)
         if WORLD > 1:
             dist.init_process_group("nccl" if pick_device(args.device).type == "cuda" else "gloo")
         with one_line("torchrun", "Add --resume") if WORLD > 1 else contextlib.nullcontext():

@@ -159,7 +159,7 @@ class Drawer:
             folder, cpu = self.out / f"lambda-{weight}", torch.device("cpu")
             model, _ = self.script.load_finished(folder, cpu)
         self.script.seed_all(0)
-        z = model.prior.draw(1000, 1.0)
+        z = model.prior().sample((1000,))
         _, lengths, directions = torch.linalg.svd(z - z.mean(0), full_matrices=False)
         args = self.script.parse_args([])  # seed and temperature
         return model, args, (directions * lengths[:, None] / len(z) ** 0.5)[:SLIDERS]
@@ -189,17 +189,16 @@ class Drawer:
 
     @torch.no_grad()
     def reconstruct(self, weight: str, path: str | None) -> tuple:
-        """The picture beside its reconstruction, its q(u|x), and the sliders back at 0."""
+        """The picture beside its reconstruction, its q(z|x), and the sliders back at 0."""
         (q, x), (model, _, directions) = self.encode(weight, path), self.load(weight)
-        pixels, _ = self.script.infer(model, x, q)
+        pixels, _, _ = self.script.infer(model, x, q)
         pair = torch.cat([self.script.to_bytes(image) for image in (x, pixels.mean)])
-        described = self.script.describe_posterior(model, q.mean, q.variance)
         figure = Figure((6, 2.4), dpi=120, layout="constrained")
-        panels = zip(figure.subplots(1, 2), described, ("mean", "variance"), strict=True)
-        for panel, [values], name in panels:
+        described = {"mean": q.mean[0], "variance": q.variance[0]}
+        for panel, (name, values) in zip(figure.subplots(1, 2), described.items(), strict=True):
             panel.bar(range(len(values)), values.numpy(), width=1.0)
             panel.axhline(float(name == "variance"), color="tab:red", linewidth=1)
-            panel.set(title=f"{name} of q(u|x), prior red", xlabel="dimension of u (z, scaled)")
+            panel.set(title=f"{name} of q(z|x), N(0, I) red", xlabel="dimension of z")
         zeros = [0.0] * len(directions)
         return self.picture(pair, 2), figure, self.around(weight, path, *zeros), *zeros
 

@@ -27,7 +27,6 @@ BLEU-4 1.000, .80 of 10,000 draws are a training line; --holdout 100: .88 of uns
 
 import argparse
 import contextlib
-import copy
 import hashlib
 import io
 import json
@@ -58,10 +57,10 @@ from matplotlib.figure import Figure
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from torch import Generator, Tensor, nn
 from torch.distributions import Normal
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from tqdm import tqdm
 
-VERSION = "cvae 2"  # stands in each checkpoint
+VERSION = "cvae 3"  # stands in each checkpoint
 HERE = Path(__file__).resolve().parent
 SOURCE = "The real train.txt and test.txt are the course's files; put them into data/"
 TENSES = ("present", "third-person", "progressive", "past")  # the order of a line of train.txt
@@ -76,7 +75,6 @@ LETTER_DIM, TENSE_DIM = 64, 16  # widths of the embeddings
 MAX_NORM = 1.0  # of the gradient
 PRIOR_FROM = 0.4  # share of the epochs after which the decoder learns from prior draws too
 RAMP = 0.3  # share of a schedule in which the KL weight grows
-
 # Defaults that --holdout changes. Seven nats name a verb of the file, and codes that hold no more
 # fill N(0, I); a verb never seen is spelled out, in many more nats, learned from made-up verbs.
 WITH_HOLDOUT = {"latent_dim": 48, "kl_max": 0.02, "invented": 3.0, "prior_draws": 0.0}
@@ -159,9 +157,8 @@ def read_verbs(folder: Path, holdout: int, limit: int | None, seed: int) -> Verb
 
 def encode_words(words: list[str]) -> Tensor:
     """N words -> integers (N, T): each word's letters, then $, then ^ up to the longest."""
-    rows = [[ALPHABET.index(letter) for letter in word + "$"] for word in words]
-    width = max(map(len, rows))
-    return torch.tensor([row + [START] * (width - len(row)) for row in rows])
+    rows = [torch.tensor([ALPHABET.index(letter) for letter in word + "$"]) for word in words]
+    return pad_sequence(rows, batch_first=True, padding_value=START)
 
 
 def verb_tensor(verbs: list[Verb]) -> Tensor:
@@ -172,8 +169,8 @@ def verb_tensor(verbs: list[Verb]) -> Tensor:
 def invent_verbs(verbs: list[Verb], count: int, generator: Generator, unseen=frozenset()) -> list:
     """Up to `count` verbs that are none: the head of one verb's stem before the tail of another's.
 
-    abandon and flounder give abounder, abounders, aboundering, aboundered: inflection without the
-    verb. No form is in `unseen`: dish and tip would give dip, which may be held out.
+    abandon and flounder give abounder, abounders, aboundering, aboundered. No form is in `unseen`:
+    dish and tip would give dip, which may be held out.
     """
     stems = [len(os.path.commonprefix(verb)) for verb in verbs]
     invented = []
@@ -239,15 +236,14 @@ class CVAE(nn.Module):
         letters, lengths = self.read_letters(words), (words != START).sum(1).cpu()
         packed = pack_padded_sequence(letters, lengths, batch_first=True, enforce_sorted=False)
         _, last = self.reader(packed, self.read_tense(tense).repeat(2, 1, 1))  # (2, B, hidden)
-        mu, logvar = self.posterior(torch.cat([*last], 1)).float().chunk(2, 1)
+        mu, logvar = self.posterior(torch.cat([*last], 1)).chunk(2, 1)
         return mu, logvar.clamp(-12.0, 4.0)
 
     def decode(self, state: Tensor, tense: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
         """From `state` (B, hidden) over `given` (B, T): logits (B, T, 28), and the state there."""
-        # the first letter is the verb's, in any tense
-        tense = self.write_tense(tense)[:, None] * (given != START)[..., None]  # (B, T, 16)
+        tense = self.write_tense(tense)[:, None] * (given != START)[..., None]  # none for the first
         states, last = self.writer(torch.cat([self.write_letters(given), tense], -1), state[None])
-        return self.out(states).float(), last[0]
+        return self.out(states), last[0]
 
     def forward(self, batch: list[Tensor], teacher_forcing: float) -> tuple[Tensor, Tensor]:
         """Of what make_batch returns: reconstruction (B,), the mean of both tenses, and KL (B,).
@@ -258,8 +254,7 @@ class CVAE(nn.Module):
         source, source_tense, target, target_tense, noise = batch
         mu, logvar = self.encode(source, source_tense)  # (B, k)
         sigma = (0.5 * logvar).exp()
-        # gradients pass this draw from q (Kingma and Welling 2014, 2.4)
-        z = mu.repeat(2, 1) + sigma.repeat(2, 1) * noise  # (2B, k)
+        z = mu.repeat(2, 1) + sigma.repeat(2, 1) * noise  # (2B, k), Kingma and Welling 2014, 2.4
         state, given = self.first_state(z), F.pad(target, (1, -1), value=START)
         if teacher_forcing < 1:
             with torch.no_grad():
@@ -302,102 +297,81 @@ def reconstruction_loss(logits: Tensor, words: Tensor) -> Tensor:
 def kl_weight(schedule: str, progress: float, cycles: int, largest: float) -> float:
     """The weight of the KL when the share `progress` of all steps is done.
 
-    It grows from 0 in the first RAMP of training (monotonic, Bowman et al. 2016) or of each cycle
-    (cyclical, Fu et al. 2019, eqs. 6 and 7), or does not grow (constant).
+    It grows in the first RAMP of training (monotonic, Bowman et al. 2016), of each cycle (cyclical,
+    Fu et al. 2019, eqs. 6 and 7) or not at all (constant).
     """
     within = {"monotonic": progress, "cyclical": progress * cycles % 1.0, "constant": 1.0}
     return largest * min(1.0, within[schedule] / RAMP)
 
 
-@torch.no_grad()
-def likeliest_verbs(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """For each code (D, k) the verb it most likely is a code of: argmax_n Σ_i q(z|x_ni, c_i), (D,).
-
-    mu and logvar (4N, k) are all posteriors. Where p(z) has mass and no posterior has, a decoder
-    that saw posteriors only mixes verbs; told these, it divides all of N(0, I) among them.
-    """
-    log_q = Normal(mu, (0.5 * logvar).exp()).log_prob(z[:, None]).sum(2)  # (D, 4N)
-    return log_q.unflatten(1, (-1, len(TENSES))).logsumexp(2).argmax(1)
-
-
 def prior_loss(model: CVAE, forms: Tensor, posteriors: tuple, count: int, generator) -> Tensor:
-    """The loss of spelling `count` draws from N(0, I) as the likeliest of the verbs (N, 4, T)."""
-    z = torch.randn(count, model.latent_dim, generator=generator).to(posteriors[0].device)  # (D, k)
-    verb = forms[likeliest_verbs(z, *posteriors).cpu()]  # (D, 4, T)
+    """The loss of spelling `count` draws from N(0, I) as the likeliest of the verbs (N, 4, T).
+
+    That is argmax_n Σ_i q(z|x_ni, c_i), by `posteriors` mu and logvar (4N, k). Where p(z) has mass
+    and no posterior has, a decoder mixes verbs; told these, it divides all of N(0, I) among them.
+    """
+    mu, logvar = posteriors
+    z = torch.randn(count, model.latent_dim, generator=generator).to(mu.device)  # (D, k)
+    log_q = Normal(mu, (0.5 * logvar).exp()).log_prob(z[:, None]).sum(2)  # (D, 4N)
+    likeliest = log_q.unflatten(1, (-1, len(TENSES))).logsumexp(2).argmax(1).cpu()  # (D,)
     tense = torch.randint(len(TENSES), (2, count), generator=generator)
-    words = verb[torch.arange(count), tense].flatten(0, 1).to(z.device)  # (2D, T)
+    words = forms[likeliest, tense].flatten(0, 1).to(z.device)  # (2D, T)
     given = F.pad(words, (1, -1), value=START)
-    with autocast(z.device):
-        state = model.first_state(z.repeat(2, 1))
-        logits, _ = model.decode(state, tense.flatten().to(z.device), given)
+    logits, _ = model.decode(model.first_state(z.repeat(2, 1)), tense.flatten().to(z.device), given)
     return reconstruction_loss(logits, words).mean()
 
 
 # train and evaluate -------------------------------------------------------------------------------
 
 
-def train(model: CVAE, verbs: Verbs, args: Namespace, state: dict) -> CVAE:
-    """Train `model` from the last epoch's end in `state` on; return the average of its weights.
-
-    Order and noise are functions of (seed, epoch, step), so N epochs equal k and the others later.
-    """
+def train(model: CVAE, verbs: Verbs, args: Namespace, state: dict) -> None:
+    """Minimise reconstruction + w KL, and later the loss of prior draws, on from `state`."""
     device = next(model.parameters()).device
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type != "mps")
-    average = copy.deepcopy(model)  # over some two hundred steps: what is scored and kept
-    parts = {"model": model, "average": average, "optimizer": optimizer}
-    for name in parts.keys() & state.keys():
-        parts[name].load_state_dict(state[name])
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     forms, posteriors = verb_tensor(verbs.train), None  # (N, 4, T)
     first, per_epoch = len(state["history"]), math.ceil(len(forms) / args.batch_size)
     steps, began = args.epochs * per_epoch, time.monotonic() - state["seconds"]
+    parts = {"model": model, "optimizer": optimizer}
+    for name in parts.keys() & state.keys():
+        parts[name].load_state_dict(state.pop(name))
     progress = tqdm(total=steps, initial=first * per_epoch, unit="batch", disable=None)
     for epoch in range(first, args.epochs):
         order = torch.randperm(len(forms), generator=seed_all(args.seed, epoch))
         forcing = 1 - (1 - args.teacher_forcing) * epoch / max(1, args.epochs - 1)
         if args.prior_draws and epoch >= PRIOR_FROM * args.epochs:
-            posteriors = encode_verbs(average, forms)
+            with torch.no_grad():
+                tenses = torch.arange(len(TENSES), device=device).repeat(len(forms))
+                posteriors = model.encode(forms.flatten(0, 1).to(device), tenses)  # (4N, k) each
         sums = torch.zeros(2, device=device)  # of reconstruction and KL
         for step, rows in enumerate(order.split(args.batch_size), epoch * per_epoch):
             generator = seed_all(args.seed, epoch, step)
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
             batch = make_batch(verbs, rows, args.invented, args.latent_dim, generator)
             weight = kl_weight(args.kl_schedule, step / steps, args.kl_cycles, args.kl_max)
-            with autocast(device):
-                reconstruction, kl = model([part.to(device) for part in batch], forcing)  # (B,)
+            reconstruction, kl = model([part.to(device) for part in batch], forcing)  # (B,)
             kl = kl[: len(rows)]  # a made-up verb pays none: its code may lie where p(z) is 0
             loss = reconstruction.mean() + weight * kl.sum() / len(reconstruction)
             if posteriors:
-                count = math.ceil(args.prior_draws * len(rows))
-                drawn_loss = prior_loss(model, forms, posteriors, count, generator)
+                drawn_loss = prior_loss(model, forms, posteriors, len(rows), generator)
                 loss = loss + args.prior_draws * drawn_loss
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
             if not torch.isfinite(loss + norm):
                 fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
+            decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)  # after a tenth of warm-up
+            optimizer.param_groups[0]["lr"] = args.lr * min(10 * (step + 1) / steps, decay)
             optimizer.step()
-            with torch.no_grad():  # the average; the first steps are soon forgotten
-                share, weights = 1 - min(0.995, (1 + step) / (10 + step)), list(model.parameters())
-                torch._foreach_lerp_(list(average.parameters()), weights, share)
             sums += torch.stack([reconstruction[: len(rows)].sum(), kl.sum()]).detach()
             progress.update()
         row = {"epoch": epoch + 1, "kl_weight": weight, "teacher_forcing": forcing}
         row["reconstruction"], row["kl"] = (sums / len(forms)).tolist()
-        row["bleu4"] = score_conversions(average, verbs.tests)[2]
-        row["gaussian_score"], _ = score_generated(generate(average, 100, args.seed), verbs.train)
+        row["bleu4"] = score_conversions(model, verbs.tests)[2]
+        row["gaussian_score"], _ = score_generated(generate(model, 100, args.seed), verbs.train)
         state["history"].append(row)
         state["seconds"] = time.monotonic() - began
-        state |= {name: part.state_dict() for name, part in parts.items()}
-        write_file(args.out / "checkpoint.pt", partial(torch.save, state))
+        saved = state | {name: part.state_dict() for name, part in parts.items()}
+        write_file(args.out / "checkpoint.pt", partial(torch.save, saved))
     progress.close()
-    return average
-
-
-@torch.no_grad()
-def encode_verbs(model: CVAE, forms: Tensor) -> tuple[Tensor, Tensor]:
-    """mu and logvar (4N, k) of verbs (N, 4, T)."""
-    words = forms.flatten(0, 1).to(next(model.parameters()).device)
-    return model.encode(words, torch.arange(len(TENSES), device=words.device).repeat(len(forms)))
 
 
 @torch.no_grad()
@@ -410,10 +384,8 @@ def convert(model: CVAE, words: list[str], source: list[int], target: list[int])
 
 def spell_verbs(model: CVAE, z: Tensor) -> list[Verb]:
     """Each code of z (B, k) in all four tenses."""
-    tenses, verbs = torch.arange(len(TENSES), device=z.device), []
-    for part in z.split(1000):
-        verbs += zip(*(model.spell(part, tense.expand(len(part))) for tense in tenses), strict=True)
-    return verbs
+    tenses = torch.arange(len(TENSES), device=z.device)
+    return list(zip(*(model.spell(z, tense.expand(len(z))) for tense in tenses), strict=True))
 
 
 def generate(model: CVAE, count: int, seed: int) -> list[Verb]:
@@ -480,9 +452,8 @@ def plot_history(path: Path, history: list[dict]) -> None:
 
 def write_results(args: Namespace, model: CVAE, verbs: Verbs, history: list[dict]) -> None:
     """Leave the tables and the figure in --out; print the conversions and some verbs from noise."""
-    words, targets, sources, aims = zip(*verbs.tests, strict=True)
-    tenses = [f"{TENSES[i]} -> {TENSES[j]}" for i, j in zip(sources, aims, strict=True)]
-    conversions = pd.DataFrame({"input": words, "tenses": tenses, "target": targets})
+    conversions = pd.DataFrame(verbs.tests, columns=["input", "target", "from", "to"])
+    conversions = conversions.replace(dict(enumerate(TENSES)))
     conversions["prediction"] = score_conversions(model, verbs.tests)[0]
     generated = pd.DataFrame(drawn := generate(model, 100, args.seed), columns=TENSES)
     generated["training line"] = [verb in set(verbs.train) for verb in drawn]
@@ -552,12 +523,6 @@ def pick_device(name: str) -> torch.device:
         return torch.empty(1, device=name).device
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 matrix products where the processor has them: a GPU, or a CPU with avx512_bf16."""
-    bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type != "mps")
-
-
 def write_file(path: Path, save: Callable[[io.BytesIO], object]) -> None:
     """Let `save` fill a buffer, and move it to `path` when it is written: never half a file."""
     content, temporary = io.BytesIO(), path.with_name(f".{path.name}.tmp")
@@ -613,13 +578,6 @@ def load_checkpoint(path: Path, version: str, settings: dict) -> dict:
     return state
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first tenth of the steps, then half a cosine down to 0."""
-    warmup = max(1, steps // 10)
-    decay = max(0, step - warmup) / max(1, steps - warmup)
-    return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * decay))
-
-
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.error = fail
@@ -652,7 +610,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--kl-max", type=float, default=0.3, help="largest weight of the KL [%(default)s]")
     add("--invented", type=float, default=0.0, help="made-up verbs for each real one [%(default)s]")
     add("--prior-draws", type=float, default=1.0,
-        help="codes from N(0, I) for each verb, to spell as the likeliest verb [%(default)s]")
+        help="weight of spelling codes from N(0, I) as the likeliest verb [%(default)s]")
     add("--teacher-forcing", type=float, default=0.9,
         help="share of right letters before each letter in the last epoch, from 1 [%(default)s]")
     # fmt: on
@@ -671,7 +629,7 @@ def load_finished(folder: Path) -> CVAE:
     if "metrics" not in state:
         fail(f"{folder}: no finished run there. Train, add --resume to go on, or name its --out")
     model = CVAE(state["settings"]["latent_dim"], state["settings"]["hidden_dim"])
-    model.load_state_dict(state["average"])
+    model.load_state_dict(state["model"])
     return model
 
 
@@ -694,36 +652,32 @@ def use_finished(args: Namespace) -> dict:
 
 def run(args: Namespace, verbs: Verbs) -> dict:
     """Begin the run in --out, or go on with it; leave its results there and return the metrics."""
-    checkpoint, path = args.out / "checkpoint.pt", args.out / "metrics.json"
+    checkpoint = args.out / "checkpoint.pt"
     settings = {name: getattr(args, name) for name in (*RANGES, "kl_schedule")} | verbs.hashes
     state = {"version": VERSION, "settings": settings, "history": [], "seconds": 0.0}
     if args.resume and checkpoint.exists():
         state = load_checkpoint(checkpoint, VERSION, settings)
     if "metrics" in state:
-        write_json(path, state["metrics"])
         return state["metrics"]
     device = pick_device(args.device)
     with open_run(args.out, args, verbs.hashes):
         seed_all(args.seed)
         model = CVAE(args.latent_dim, args.hidden_dim).to(device)
-        average = train(model, verbs, args, state).cpu()
-        began, last = time.monotonic(), state["history"][-1]
-        kept = ("bleu4", "gaussian_score", "reconstruction", "kl")
-        metrics = {name: last[name] for name in kept} | score_run(average, verbs, args.seed)
-        metrics |= {"epochs": args.epochs, "latent_dim": args.latent_dim}
-        write_results(args, average, verbs, state["history"])
-        metrics["seconds"] = state["seconds"] + time.monotonic() - began
-        finished = {"version": VERSION, "settings": settings, "average": average.state_dict()}
-        write_file(checkpoint, partial(torch.save, finished | {"metrics": metrics}))
-        write_json(path, metrics)
+        train(model, verbs, args, state)
+        model.cpu()
+        began = time.monotonic()
+        metrics = state["history"][-1] | score_run(model, verbs, args.seed)
+        write_results(args, model, verbs, state["history"])
+        seconds = state["seconds"] + time.monotonic() - began
+        metrics |= {"epochs": args.epochs, "latent_dim": args.latent_dim, "seconds": seconds}
+        state |= {"model": model.state_dict(), "metrics": metrics}
+        write_file(checkpoint, partial(torch.save, state))
     return metrics
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` and return the final metrics."""
     exit_on_signals()
-    if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal lacks stops nothing
-        sys.stdout.reconfigure(errors="backslashreplace")
     args = parse_args(argv)
     if args.convert is not None or args.generate or args.interpolate:
         return use_finished(args)
@@ -732,6 +686,7 @@ def main(argv: list[str] | None = None) -> dict:
     folder = args.data or next(iter(found), folders[0])
     print(f"data      {folder}" + (f", the bundled sample. {SOURCE}" if folder == sample else ""))
     metrics = run(args, read_verbs(folder, args.holdout, args.limit, args.seed))
+    write_json(args.out / "metrics.json", metrics)
     for name, value in metrics.items():
         print(f"{name:24}{round(value, 4) if isinstance(value, float) else value}")
     if not args.holdout:

@@ -34,6 +34,7 @@ WORDS = {  # a task of a few seconds for each script
     vae_anime: f"--data {SAMPLE}/anime-faces.zip {VAE}",
     cvae: f"--data {SAMPLE} --epochs 2 --hidden-dim 16 --limit 40",
 }
+EACH_STEP = torch.nn.utils  # whose clip_grad_norm_ each training step calls
 each_script = pytest.mark.parametrize("script", WORDS, ids=lambda script: script.__name__)
 
 
@@ -131,9 +132,10 @@ def test_killed_while_it_writes(script, suffix, number, monkeypatch):
 
 
 @each_script
-@pytest.mark.parametrize("when", ["learning_rate", "Figure"])  # second checkpoint, first figure
+@pytest.mark.parametrize("when", ["clip_grad_norm_", "Figure"])  # second checkpoint, first figure
 def test_no_room(script, when, monkeypatch, capsys):
-    function, limits = getattr(script, when), resource.getrlimit(resource.RLIMIT_FSIZE)
+    owner = script if when == "Figure" else EACH_STEP
+    function, limits = getattr(owner, when), resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(*args, **keywords):
         if (folder_of(script, "full") / "checkpoint.pt").exists():
@@ -142,7 +144,7 @@ def test_no_room(script, when, monkeypatch, capsys):
 
     whole(script), capsys.readouterr()
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(script, when, fill)
+        patch.setattr(owner, when, fill)
         try:
             run(script, "--out", "full")
         finally:
@@ -202,7 +204,7 @@ def test_stopped_between_the_last_two_files(script, monkeypatch):
     copy_whole(script, "cut")
     path = folder_of(script, "cut") / "metrics.json"
     path.unlink()
-    monkeypatch.setattr(script, "learning_rate", None)
+    monkeypatch.setattr(EACH_STEP, "clip_grad_norm_", None)
     assert run(script, "--out", "cut", "--resume") == whole(script) and path.exists()
 
 
@@ -211,7 +213,7 @@ def test_a_finished_run_is_kept_until_another_has_begun(script, monkeypatch):
     copy_whole(script, "out")
     kept = folder_of(script, "out").with_name(folder_of(script, "out").name + ".previous")
     with monkeypatch.context() as patch:
-        patch.setattr(script, "learning_rate", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        patch.setattr(EACH_STEP, "clip_grad_norm_", lambda *args: os.kill(os.getpid(), 9))
         for _ in range(2):  # two starts over that end before they have saved anything
             killed(script, "--out", "out", "--seed", "1")
     assert (kept / "metrics.json").exists()
@@ -242,8 +244,8 @@ def later(script):
     "owner, function, when, number",
     [
         (None, "pick_device", starting, signal.SIGINT),
-        (None, "learning_rate", first_epoch, signal.SIGINT),
-        (None, "learning_rate", later, signal.SIGTERM),
+        (EACH_STEP, "clip_grad_norm_", first_epoch, signal.SIGINT),
+        (EACH_STEP, "clip_grad_norm_", later, signal.SIGTERM),
         (os, "replace", later, signal.SIGINT),
         (None, "Figure", later, signal.SIGTERM),
     ],

@@ -16,7 +16,8 @@ import torch
 from pypdf import PdfReader
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "report"))
+sys.path[:0] = [str(ROOT / "report"), str(ROOT / "bench")]
+import all as bench_all
 import build
 import measure
 import variant
@@ -302,3 +303,28 @@ def test_a_script_that_does_not_stand_alone_is_refused(here, monkeypatch, capsys
         "does not start from an empty folder" in capsys.readouterr().err
         and not Path("hw2_1.zip").exists()
     )
+
+
+def test_measured_tables_go_between_their_marks(tmp_path):
+    """What has not been measured stays as it was, and so does the text around it."""
+    document = tmp_path / "results.md"
+    shutil.copy(ROOT / "docs" / "results.md", document)
+    before = document.read_text(encoding="utf-8")
+    assert set(bench_all.write_tables(document, tmp_path)) == set(bench_all.TABLES)
+    assert document.read_text(encoding="utf-8") == before
+    table = "| model | x |\n| --- | --- |\n| ours | \\1 |"
+    (tmp_path / "news.txt").write_text(f"14 texts\n{table}\ndone\n", encoding="utf-8")
+    terms = {"test": 2000.5, "train": 1.0}
+    metrics = {"reconstruction": terms, "kl": terms, "active_units": 3, "latent_dim": 4}
+    for weight in bench_all.LAMBDAS:
+        for name in ("digits", "faces"):
+            folder = tmp_path / name / f"lambda-{weight}"
+            folder.mkdir(parents=True)
+            (folder / "metrics.json").write_text(json.dumps(metrics))
+    missing = bench_all.write_tables(document, tmp_path)
+    after = document.read_text(encoding="utf-8")
+    assert "news" not in missing and "lambda" not in missing and "images" in missing
+    assert f"<!-- news -->\n{table}\n<!-- /news -->" in after
+    assert "| 50 | 2,000.50 | 2,000.5 | 3 | 2,000.50 | 2,000.5 | 3 |" in after
+    assert after.partition("<!-- news -->")[0] == before.partition("<!-- news -->")[0]
+    assert after.count("<!-- /") == before.count("<!-- /") == len(bench_all.TABLES)

@@ -10,33 +10,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"transformer.py": 800, "vae_mnist.py": 800, "vae_anime.py": 800, "lab4/cvae.py": 700}
-LENGTHS = (800, 856, 938, 745)  # to be lowered with each cut, never raised
+LENGTHS = (800, 798, 854, 700)  # to be lowered with each cut, never raised
 LONGEST_YET = dict(zip(SCRIPTS, LENGTHS, strict=True))
-MAY_DIFFER = {"load_images", "augment", "encoder", "decoder", "VAE", "bits_per_dim"}
-ONLY_FACES = {"Features", "Rung", "Pixels", "frequencies"}  # of network and likelihood
+MAY_DIFFER = {"load_images", "augment", "VAE", "bits_per_dim"}
+ONLY_FACES = {"Rung", "Pixels", "frequencies"}  # of network and likelihood
 CONSTANTS = {
-    *("(SCRIPT, VERSION)", "DATA", "SOURCE", "SHAPE", "LEVELS", "LATENT_DIM", "WIDTH", "EPOCHS"),
-    *(
-        "(WIDTH, DETAIL)",
-        "LADDER",
-        "SMOOTH_SIGMA",
-        "LEARNING_RATE",
-        "WARMUP",
-        "PRIOR_GAUSSIANS",
-        "MAX_NORM",
-        "EPSILON",
-    ),
-    *(
-        "(ROTATE, SCALE, SHEAR, SHIFT)",
-        "(REFINE, REFINE_RATE, REFINE_DRAWS)",
-        "TEMPERATURE",
-        "COOLING",
-    ),
+    *("(SCRIPT, VERSION)", "DATA", "SOURCE", "SHAPE", "LEVELS", "LATENT_DIM", "EPOCHS", "EPSILON"),
+    *("WIDTH", "(WIDTH, DETAIL)", "LADDER", "SMOOTH_SIGMA", "PRIOR_GAUSSIANS", "LEARNING_RATE"),
+    *("MAX_NORM", "(ROTATE, SCALE, SHEAR, SHIFT)", "(REFINE, REFINE_RATE)", "TEMPERATURE"),
     "MAX_BYTES",
 }
 SHARED = {
     *("fail", "one_line", "check_ranges", "exit_on_signals", "seed_all", "pick_device", "autocast"),
-    *("write_file", "write_json", "open_run", "load_checkpoint", "learning_rate"),
+    *("write_file", "write_json", "open_run", "load_checkpoint"),
 }
 HOOKS = {"__init__", "forward", "kl_to_mixture"}  # called by torch
 PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}  # what is imported under another name
@@ -158,9 +144,9 @@ def test_the_twins_are_twins(twins):
     "old, new, blamed",
     [
         ("- 0.5 * trace", "+ 0.5 * trace", "kl_to_mixture"),
-        ("def total_kl", "def whole_kl", "names or their order"),
+        ("def infer", "def deduce", "names or their order"),
         ("# model -", "# the model -", "banners"),
-        ("def total_kl", "def added():\n    pass\n\n\ndef total_kl", "names or their order"),
+        ("def infer", "def added():\n    pass\n\n\ndef infer", "names or their order"),
     ],
 )
 def test_the_rule_sees_a_mutation(twins, old, new, blamed):
@@ -170,8 +156,8 @@ def test_the_rule_sees_a_mutation(twins, old, new, blamed):
 
 def test_the_rule_sees_a_copied_block(twins):
     digits, faces = (dict(pieces(source)) for source in twins)
-    copied = twins[1].replace(faces["decoder"], digits["decoder"])
-    assert "decoder has become identical" in differences(twins[0], copied)
+    copied = twins[1].replace(faces["augment"], digits["augment"])
+    assert "augment has become identical" in differences(twins[0], copied)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -185,7 +171,7 @@ over = pytest.mark.xfail(
 
 
 @pytest.mark.parametrize(
-    "script", ["transformer.py", *(pytest.param(name, marks=over) for name in [*SCRIPTS][1:])]
+    "script", [pytest.param(name, marks=over if name == "vae_anime.py" else ()) for name in SCRIPTS]
 )
 def test_ceilings(script):
     assert unmeasured(read(script), SCRIPTS[script]) == []
