@@ -729,7 +729,7 @@ def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
 
     with open_run(folder, args, {"data": sha256}) if RANK == 0 else contextlib.nullcontext():
         seed_all(args.seed)
-        model = VAE(args.latent_dim, args.prior == "learned")
+        model = VAE(args.latent_dim, args.prior == "learned").eval()
         model.mean_image.copy_(to_pixels(images["train"][:4096]).mean(0))
         train(model.to(device), images, args, state, save, bar)
         if args.prior == "learned" and args.kl_weight > 0:
@@ -737,7 +737,8 @@ def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
         metrics, each = score(model, test, args)
         scores = {"test": metrics}
         for name in ("train", "validation"):
-            scores[name], _ = evaluate(model, images[name][: len(test)], args, final=True)
+            some = images[name][: 1 + len(test) // 3]
+            scores[name], _ = evaluate(model, some, args, final=True)
         for key in ("reconstruction", "kl", "neg_elbo", "loss"):
             metrics[key] = {name: part[key] for name, part in scores.items()}
         metrics |= {"lambda": args.kl_weight, "epochs": args.epochs}
