@@ -20,97 +20,35 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results.md"
 LAMBDAS = ("0", "1", "50", "100")
-
-
-class Step(NamedTuple):
-    """One command; {data} and {out} in it are the two folders."""
-
-    name: str
-    minutes: int  # on two cores, about
-    command: str
-    needs: str = ""  # a file in --data, without which the step is left out
-
-
-STEPS = [
-    Step(
-        "news",
-        15,
-        "bench/transformer.py accuracy --data {data} --vectors {data}/glove.6B.100d.txt"
-        " --unseen {data}/unseen.csv",
-        "unseen.csv",
-    ),
-    Step(
-        "news-speed",
-        5,
-        "bench/transformer.py speed --data {data} --vectors {data}/glove.6B.100d.txt --rounds 7",
-        "glove.6B.100d.txt",
-    ),
-    Step(
-        "digits",
-        25,
-        "vae_mnist.py --data {data}/TibetanMNIST.npz --out {out}/digits --lambda 0 1 50 100",
-        "TibetanMNIST.npz",
-    ),
-    Step(
-        "digits-long",
-        20,
-        "vae_mnist.py --data {data}/TibetanMNIST.npz --out {out}/digits-long --epochs 120",
-        "TibetanMNIST.npz",
-    ),
-    Step(
-        "faces",
-        60,
-        "vae_anime.py --data {data}/anime-faces.zip --out {out}/faces --lambda 0 1 50 100",
-        "anime-faces.zip",
-    ),
-    Step(
-        "faces-long",
-        45,
-        "vae_anime.py --data {data}/anime-faces.zip --out {out}/faces-long --epochs 36",
-        "anime-faces.zip",
-    ),
-    *(
-        Step(
-            f"{run}-drawn",
-            3,
-            f"bench/vae.py samples digits --data {{data}}/TibetanMNIST.npz --out {{out}}/{run}"
-            " --count 2000",
-            "TibetanMNIST.npz",
-        )
-        for run in ("digits", "digits-long")
-    ),
-    *(
-        Step(
-            f"{run}-drawn",
-            3,
-            f"bench/vae.py samples faces --data {{data}}/anime-faces.zip --out {{out}}/{run}"
-            " --cascade {data}/lbpcascade_animeface.xml",
-            "lbpcascade_animeface.xml",
-        )
-        for run in ("faces", "faces-long")
-    ),
-    Step(
-        "digits-peers",
-        20,
-        "bench/vae.py peers digits --data {data}/TibetanMNIST.npz --seconds 300",
-        "TibetanMNIST.npz",
-    ),
-    Step(
-        "faces-peers",
-        30,
-        "bench/vae.py peers faces --data {data}/anime-faces.zip --seconds 720",
-        "anime-faces.zip",
-    ),
-    Step("tenses", 60, "bench/cvae.py scores --data {data} --out {out}/cvae", "train.txt"),
-    Step("tenses-speed", 5, "bench/cvae.py speed --data {data}", "train.txt"),
-]
+DIGITS, FACES = "--data {data}/TibetanMNIST.npz", "--data {data}/anime-faces.zip"
+GLOVE = "--data {data} --vectors {data}/glove.6B.100d.txt"
+JUDGE = "--cascade {data}/lbpcascade_animeface.xml"
+SWEEP = "--lambda " + " ".join(LAMBDAS)
+LINES = f"""
+news          15 bench/transformer.py accuracy {GLOVE} --unseen {{data}}/unseen.csv
+news-speed     5 bench/transformer.py speed {GLOVE} --rounds 7
+digits         6 vae_mnist.py {DIGITS} --out {{out}}/digits
+digits-long   18 vae_mnist.py {DIGITS} --out {{out}}/digits-long --epochs 90
+digits-lambda 10 vae_mnist.py {DIGITS} --out {{out}}/digits-lambda {SWEEP} --epochs 8
+faces         13 vae_anime.py {FACES} --out {{out}}/faces
+faces-long    20 vae_anime.py {FACES} --out {{out}}/faces-long --epochs 12
+faces-lambda  15 vae_anime.py {FACES} --out {{out}}/faces-lambda {SWEEP} --epochs 2
+digits-drawn       3 bench/vae.py samples digits {DIGITS} --out {{out}}/digits --count 2000
+digits-long-drawn  3 bench/vae.py samples digits {DIGITS} --out {{out}}/digits-long --count 2000
+faces-drawn        3 bench/vae.py samples faces {FACES} --out {{out}}/faces {JUDGE}
+faces-long-drawn   3 bench/vae.py samples faces {FACES} --out {{out}}/faces-long {JUDGE}
+digits-peers  20 bench/vae.py peers digits {DIGITS} --seconds 300
+faces-peers   30 bench/vae.py peers faces {FACES} --seconds 720
+tenses        60 bench/cvae.py scores --data {{data}} --out {{out}}/cvae
+tenses-speed   5 bench/cvae.py speed --data {{data}}
+"""  # name, minutes on two cores, command
+STEPS = [line.split(maxsplit=2) for line in LINES.strip().splitlines()]
 
 
 def read_metrics(out: Path, run: str, weight: str = "1") -> dict:
@@ -160,13 +98,13 @@ def lambda_table(out: Path) -> str:
         names += [
             f"{run}: reconstruction",
             "KL",
-            f"active of {read_metrics(out, run)['latent_dim']}",
+            f"active of {read_metrics(out, run + '-lambda')['latent_dim']}",
         ]
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
     for weight in LAMBDAS:
         cells = [weight]
         for run in ("digits", "faces"):
-            m = read_metrics(out, run, weight)
+            m = read_metrics(out, f"{run}-lambda", weight)
             cells += [f"{m['reconstruction']['test']:,.2f}", f"{m['kl']['test']:,.1f}"]
             cells.append(str(m["active_units"]))
         lines.append(f"| {' | '.join(cells)} |")
@@ -194,15 +132,15 @@ TABLES |= {
 }
 
 
-def run_step(step: Step, args: argparse.Namespace) -> None:
+def run_step(name: str, command: str, args: argparse.Namespace) -> None:
     """Run the command, and keep what it printed if it ended well."""
-    words = shlex.split(step.command.format(data=args.data.resolve(), out=args.out.resolve()))
+    words = shlex.split(command.format(data=args.data.resolve(), out=args.out.resolve()))
     print("$ python", *words, flush=True)
     began = time.monotonic()
     done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"error: {step.name} ended with {done.returncode}. Run this again")
-    (args.out / f"{step.name}.txt").write_text(done.stdout, encoding="utf-8")
+        raise SystemExit(f"error: {name} ended with {done.returncode}. Run this again to go on")
+    (args.out / f"{name}.txt").write_text(done.stdout, encoding="utf-8")
     print(f"{done.stdout}took {time.monotonic() - began:.0f} s\n", flush=True)
 
 
@@ -228,27 +166,26 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--data", type=Path, default=ROOT / "data", help="folder with the real files [data/]")
     add("--out", type=Path, default=ROOT / "runs" / "all", help="of runs and output [runs/all/]")
-    add("--only", nargs="+", choices=[step.name for step in STEPS], metavar="STEP")
+    names = [name for name, *_ in STEPS]
+    add("--only", nargs="+", choices=names, default=names, metavar="STEP", help="these alone")
     add("--list", action="store_true", help="print what is to be done, and do nothing")
     add("--tables", action="store_true", help="write the tables from what is there, run nothing")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    steps = [step for step in STEPS if not args.only or step.name in args.only]
-    steps = [step for step in steps if not (args.out / f"{step.name}.txt").exists()]
-    for step in [step for step in steps if not (args.data / step.needs).exists()]:
-        print(f"left out  {step.name}: no {step.needs} in {args.data}")
-        steps.remove(step)
-    print(f"to do     {len(steps)} steps, about {sum(step.minutes for step in steps)} minutes")
+    steps = [(name, int(minutes), command) for name, minutes, command in STEPS]
+    steps = [step for step in steps if step[0] in args.only]
+    steps = [step for step in steps if not (args.out / f"{step[0]}.txt").exists()]
+    total = sum(minutes for _, minutes, _ in steps)
+    print(f"to do     {len(steps)} steps, about {total} minutes on two cores")
     if args.list:
-        for step in steps:
-            print(f"{step.minutes:4} min  {step.name:14} python {step.command}")
+        print(*(f"{minutes:4} min  python {command}" for _, minutes, command in steps), sep="\n")
         return
     if not args.tables:
-        minutes = "{l_bar}{bar}| {n:.0f}/{total:.0f} min [{elapsed}<{remaining}]"
-        with tqdm(total=sum(s.minutes for s in steps), bar_format=minutes, disable=None) as bar:
-            for step in steps:
-                run_step(step, args)
-                bar.update(step.minutes)
+        form = "{l_bar}{bar}| {n:.0f}/{total:.0f} min [{elapsed}<{remaining}]"
+        with tqdm(total=total, bar_format=form, disable=None) as bar:
+            for name, minutes, command in steps:
+                run_step(name, command, args)
+                bar.update(minutes)
     for name in write_tables(RESULTS, args.out):
         print(f"as it was {name}: not measured in {args.out}")
     print(f"wrote     the tables of {RESULTS}")

@@ -318,7 +318,7 @@ def test_measured_tables_go_between_their_marks(tmp_path):
     metrics = {"reconstruction": terms, "kl": terms, "active_units": 3, "latent_dim": 4}
     for weight in bench_all.LAMBDAS:
         for name in ("digits", "faces"):
-            folder = tmp_path / name / f"lambda-{weight}"
+            folder = tmp_path / f"{name}-lambda" / f"lambda-{weight}"
             folder.mkdir(parents=True)
             (folder / "metrics.json").write_text(json.dumps(metrics))
     missing = bench_all.write_tables(document, tmp_path)
