@@ -33,12 +33,12 @@ SWEEP = "--lambda " + " ".join(LAMBDAS)
 LINES = f"""
 news          15 bench/transformer.py accuracy {GLOVE} --unseen {{data}}/unseen.csv
 news-speed     5 bench/transformer.py speed {GLOVE} --rounds 7
-digits         6 vae_mnist.py {DIGITS} --out {{out}}/digits
-digits-long   18 vae_mnist.py {DIGITS} --out {{out}}/digits-long --epochs 90
-digits-lambda 10 vae_mnist.py {DIGITS} --out {{out}}/digits-lambda {SWEEP} --epochs 8
-faces         13 vae_anime.py {FACES} --out {{out}}/faces
-faces-long    20 vae_anime.py {FACES} --out {{out}}/faces-long --epochs 12
-faces-lambda  15 vae_anime.py {FACES} --out {{out}}/faces-lambda {SWEEP} --epochs 2
+digits         6 vae_mnist.py {DIGITS} --out {{out}}/digits --resume
+digits-long   18 vae_mnist.py {DIGITS} --out {{out}}/digits-long --epochs 90 --resume
+digits-lambda 10 vae_mnist.py {DIGITS} --out {{out}}/digits-lambda {SWEEP} --epochs 8 --resume
+faces         13 vae_anime.py {FACES} --out {{out}}/faces --resume
+faces-long    20 vae_anime.py {FACES} --out {{out}}/faces-long --epochs 12 --resume
+faces-lambda  15 vae_anime.py {FACES} --out {{out}}/faces-lambda {SWEEP} --epochs 2 --resume
 digits-drawn       3 bench/vae.py samples digits {DIGITS} --out {{out}}/digits --count 2000
 digits-long-drawn  3 bench/vae.py samples digits {DIGITS} --out {{out}}/digits-long --count 2000
 faces-drawn        3 bench/vae.py samples faces {FACES} --out {{out}}/faces {JUDGE}
