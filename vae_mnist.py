@@ -49,7 +49,6 @@ from typing import NoReturn
 # Read when torch is imported: waiting threads that spin cost 2.6 times the time beside another job.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# ruff: noqa: E402
 import numpy as np
 import pandas as pd
 import torch
@@ -85,9 +84,8 @@ ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2
 IWAE_IMAGES = 100  # that its bound is taken of
 MAX_BYTES = 2**29  # of one unpacked array
 
+
 # data: files -> uint8 images -> batches of pixels in [0, 1] ---------------------------------------
-
-
 def find_data(given: Path | None) -> Path:
     """The file to read: the one given, else in data/ beside the script, else the bundled sample."""
     real, sample = HERE / "data" / DATA, HERE / "data" / "sample" / DATA
@@ -110,7 +108,9 @@ def load_images(path: Path) -> tuple[np.ndarray, str]:
             raise ValueError(f"unpacks to more than {MAX_BYTES >> 20} MiB")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             for name in sorted(arrays.files, key=lambda name: name != "image"):
-                images = arrays[name].squeeze()
+                images = arrays[name]
+                inner = tuple(size for size in images.shape[1:] if size != 1)
+                images = images.reshape(images.shape[:1] + inner)
                 if images.ndim == 3 and images.dtype.kind in "buif" and images.size:
                     break
             else:
@@ -161,8 +161,6 @@ def augment(images: Tensor, generator: Generator) -> Tensor:
 
 
 # model --------------------------------------------------------------------------------------------
-
-
 class Residual(nn.Module):
     """x + conv(silu(conv(silu(x)))), at the start x (He et al. 2016, fig. 4e)."""
 
@@ -206,8 +204,7 @@ class Prior(nn.Module):
     @torch.no_grad()
     def fit(self, z: Tensor) -> None:
         """The likeliest mixture for codes z (N, k), by EM (Dempster et al. 1977)."""
-        mixture = GaussianMixture(len(self.weights), reg_covar=1e-3, random_state=0)
-        mixture.fit(z.cpu().double().numpy())
+        mixture = GaussianMixture(len(self.weights), reg_covar=1e-3, random_state=0).fit(z.double())
         self.weights.copy_(torch.from_numpy(mixture.weights_))
         self.loc.copy_(torch.from_numpy(mixture.means_))
         self.scale_tril.copy_(torch.from_numpy(np.linalg.cholesky(mixture.covariances_)))
@@ -275,22 +272,18 @@ class VAE(nn.Module):
 
 
 # objective (nats per image) -----------------------------------------------------------------------
-
-
 def bits_per_dim(pixels: D.Independent, x: Tensor, kl: Tensor) -> dict[str, Tensor]:
     """The bound in bits per dimension, (B,)."""
     return {"bits_per_dim": (kl - pixels.log_prob(x)) / (math.prod(SHAPE) * math.log(2))}
 
 
 def infer(model: VAE, x: Tensor, q: D.Independent) -> tuple:
-    """p(x|codes), their KL(q ‖ p), (B,), and (code, q, p) of each, drawn from q; first z of this q.
-
-    The KL of two Gaussians is Kingma and Welling's appendix B.
-    """
+    """p(x|codes), their KL(q ‖ p), (B,), and (code, q, p) of each, drawn from q; first of z."""
     z = q.rsample()
     pixels, details = model.decode(z, x)
     codes = [(z, q, model.prior()), *details]
-    return pixels, sum(D.kl_divergence(q, p) for _, q, p in codes), codes
+    kl = sum(D.kl_divergence(q, p) for _, q, p in codes)  # Kingma and Welling 2014, appendix B
+    return pixels, kl, codes
 
 
 @torch.no_grad()
@@ -305,8 +298,6 @@ def iwae_bound(model: VAE, x: Tensor, q: D.Independent, samples: int) -> Tensor:
 
 
 # train and evaluate -------------------------------------------------------------------------------
-
-
 def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable, bar) -> None:
     """Minimise reconstruction + λ KL, on from `state`."""
     device, first = model.mean_image.device, len(state["history"])
@@ -327,7 +318,6 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
             changed = augment(images["train"][batch], seed_all(args.seed, epoch, step))
             x = to_pixels(changed[RANK::WORLD].to(device))
             seed_all(args.seed, epoch, step, RANK)
-
             reconstruction, kl = (term.mean() for term in parallel(x))
             loss = reconstruction + args.kl_weight * kl
             optimizer.zero_grad()
@@ -335,7 +325,7 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
             norm = nn.utils.clip_grad_norm_(learned, MAX_NORM)
             if not math.isfinite(loss.item() + norm.item()):
                 fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
-            decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)  # after a tenth of warm-up
+            decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)  # or, at first, a warm-up
             optimizer.param_groups[0]["lr"] = args.lr * min(10 * (step + 1) / steps, decay)
             optimizer.step()
             sums += torch.stack([reconstruction, kl, loss]).detach()
@@ -343,6 +333,8 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
         if WORLD > 1:
             dist.all_reduce(sums)
         held_out, _ = evaluate(model.eval(), images["validation"], args)
+        if not math.isfinite(held_out["neg_elbo"]):
+            fail(f"no finite loss after epoch {epoch + 1}. Lower --lr")
         means = zip(TERMS, (sums / (WORLD * per_epoch)).tolist(), strict=True)
         row = {"epoch": epoch + 1} | {f"train_{term}": mean for term, mean in means}
         state["history"].append(row | {f"validation_{term}": held_out[term] for term in TERMS})
@@ -354,22 +346,18 @@ def fit_prior(model: VAE, images: dict, args: Namespace) -> VAE:
     _, each = evaluate(model, images["train"][:16384], args)
     fitted, noise = copy.deepcopy(model), torch.randn(4, *each["mu"].shape)
     fitted.prior.fit((each["mu"] + each["variance"].sqrt() * noise).flatten(0, 1))
-    scores = [evaluate(m, images["validation"], args)[0]["neg_elbo"] for m in (model, fitted)]
-    return fitted if scores[1] < scores[0] else model
+    return min(model, fitted, key=lambda m: evaluate(m, images["validation"], args)[0]["neg_elbo"])
 
 
 @torch.no_grad()
 def evaluate(model: VAE, images: Tensor, args: Namespace, final=False) -> tuple[dict, dict]:
-    """Scores of uint8 images (N, C, H, W), the means in nats; and what figures need of each image.
-
-    q(z|x) is the encoder's, of a `final` score the posterior; codes are drawn, not put at its mean.
-    """
+    """Scores of uint8 images (N, C, H, W), means in nats; and what figures need of each image."""
     seed_all(args.seed)
     rows = []
     for batch in images.split(250):
         x = to_pixels(batch.to(model.mean_image.device))
         q = model.posterior(x, args.kl_weight) if final else model.encode(x)
-        pixels, kl, _ = infer(model, x, q)
+        pixels, kl, _ = infer(model, x, q)  # codes are drawn, not put at q's mean
         again, reconstruction = pixels.mean.clamp(0, 1), -pixels.log_prob(x)
         scores = {"reconstruction": reconstruction, "kl": kl, "neg_elbo": reconstruction + kl}
         scores |= {"loss": reconstruction + args.kl_weight * kl} | bits_per_dim(pixels, x, kl)
@@ -386,7 +374,8 @@ def score(model: VAE, images: Tensor, args: Namespace) -> tuple[dict, dict]:
     metrics, each = evaluate(model, images, args, final=True)
     some = torch.randperm(len(images), generator=seed_all(args.seed))[:IWAE_IMAGES]
     x = to_pixels(images[some].to(model.mean_image.device))
-    bound = iwae_bound(model, x, model.posterior(x, args.kl_weight), args.iwae).mean().item()
+    q = gaussian(each["mu"][some].to(x.device), each["variance"][some].log().to(x.device))
+    bound = iwae_bound(model, x, q, args.iwae).mean().item()
     metrics |= {"iwae": -bound, "iwae_samples": args.iwae, "iwae_images": len(some)}
     metrics["iwae_neg_elbo"] = each["neg_elbo"][some].mean().item()  # to compare iwae with
     active = each["mu"].var(0, correction=0) > ACTIVE
@@ -395,8 +384,6 @@ def score(model: VAE, images: Tensor, args: Namespace) -> tuple[dict, dict]:
 
 
 # figures ------------------------------------------------------------------------------------------
-
-
 def to_bytes(images: Tensor) -> Tensor:
     """Values in [0, 1], (N, C, H, W) -> uint8 on the CPU."""
     return (images.float().clamp(0, 1) * 255).round().byte().cpu()
@@ -462,14 +449,13 @@ def plot_posterior(folder: Path, test: Tensor, each: dict, args: Namespace) -> N
     pair = torch.stack([to_bytes(to_pixels(test[i : i + 1]))[0], each["again"][i]])
     order = each["variance"][i].argsort()
     mu, variance = each["mu"][i, order], each["variance"][i, order]
-    spread = each["mu"].var(0, correction=0).sort(descending=True).values
     with panels(folder / "posterior.png", 4) as (images, means, variances, active):
         show(images, tile(pair, 2), f"test image {i} | reconstructed, λ = {args.kl_weight:g}")
         means.bar(range(len(mu)), mu.numpy(), width=1.0)
         means.set(xlabel="dimension of z, by variance", ylabel="mean of q(z|x)", ylim=(-5, 5))
         variances.bar(range(len(mu)), variance.numpy(), width=1.0)
         variances.set(xlabel="dimension of z", ylabel="variance", yscale="log", ylim=(1e-9, 10))
-        active.semilogy(spread.clamp_min(1e-8))
+        active.semilogy(each["mu"].var(0, correction=0).sort(descending=True)[0].clamp_min(1e-8))
         active.set(xlabel="dimension of z, sorted", ylabel="variance over images of E[z|x]")
         for panel, bound in {means: 0, variances: 1, active: ACTIVE}.items():
             name = f"active above {bound}" if panel is active else f"N(0, I): {bound}"
@@ -491,9 +477,8 @@ def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> 
 
 def plot_sweep(out: Path, metrics: dict[str, dict]) -> None:
     """A table with a row for each λ, and a sheet with its figures in a column."""
-    keys = ("reconstruction", "kl", "neg_elbo")
-    on_test = [row | {key: row[key]["test"] for key in keys} for row in metrics.values()]
-    table = pd.DataFrame(on_test)
+    keys = (*TERMS, "neg_elbo")
+    table = pd.DataFrame(row | {key: row[key]["test"] for key in keys} for row in metrics.values())
     write_file(out / "sweep.csv", partial(table.to_csv, index=False, mode="wb"))
     shown = ["lambda", *keys, "iwae", "bits_per_dim", "psnr_db", "active_units", "seconds"]
     print(table[shown].round(3).to_string(index=False))
@@ -502,13 +487,11 @@ def plot_sweep(out: Path, metrics: dict[str, dict]) -> None:
         pictures = [Image.open(out / f"lambda-{weight}" / f"{name}.png") for weight in metrics]
         size = 800, 800 * pictures[0].height // pictures[0].width
         rows.append(np.hstack([picture.convert("RGB").resize(size) for picture in pictures]))
-    sheet = Image.fromarray(np.vstack(rows))
-    write_file(out / "lambda-sheet.png", partial(sheet.save, format="png"))
+    save = Image.fromarray(np.vstack(rows)).save
+    write_file(out / "lambda-sheet.png", partial(save, format="png"))
 
 
 # run folder, errors, command line (much of it the same in every script) ---------------------------
-
-
 def fail(message: str) -> NoReturn:
     """End the program over a user's mistake: one line on stderr, exit code 2."""
     print("error:", " ".join(message.split()), file=sys.stderr)
@@ -719,7 +702,6 @@ def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
         return state["metrics"]
     if WORLD > 1:
         dist.barrier()  # until all have read what the first one may move away
-
     began = time.monotonic() - state["seconds"]
 
     def save(state: dict) -> None:
@@ -735,14 +717,12 @@ def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
         if args.prior == "learned" and args.kl_weight > 0:
             model = fit_prior(model, images, args)
         metrics, each = score(model, test, args)
-        scores = {"test": metrics}
-        for name in ("train", "validation"):
-            some = images[name][: 1 + len(test) // 3]
-            scores[name], _ = evaluate(model, some, args, final=True)
-        for key in ("reconstruction", "kl", "neg_elbo", "loss"):
-            metrics[key] = {name: part[key] for name, part in scores.items()}
-        metrics |= {"lambda": args.kl_weight, "epochs": args.epochs}
-        metrics["seconds"] = time.monotonic() - began
+        some = {name: images[name][: 1 + len(test) // 3] for name in ("train", "validation")}
+        others = {name: evaluate(model, part, args, True)[0] for name, part in some.items()}
+        for key in (*TERMS, "neg_elbo"):
+            metrics[key] = {"test": metrics[key]} | {n: part[key] for n, part in others.items()}
+        seconds = time.monotonic() - began
+        metrics |= {"lambda": args.kl_weight, "epochs": args.epochs, "seconds": seconds}
         if RANK == 0:
             history = pd.DataFrame(state["history"])
             write_file(folder / "history.csv", partial(history.to_csv, index=False, mode="wb"))
@@ -771,7 +751,8 @@ def train_all(args: Namespace) -> dict:
             if RANK == 0:
                 write_json(args.out / f"lambda-{name}" / "metrics.json", metrics[name])
     print(f"wrote     {args.out}/lambda-{', '.join(metrics)}")
-    print(f"next      python {sys.argv[0]} --sample 100 --out {args.out} --lambda {name}")
+    out = shlex.quote(str(args.out))
+    print(f"next      python {sys.argv[0]} --sample 100 --out {out} --lambda {name}")
     if len(metrics) > 1 and RANK == 0:
         plot_sweep(args.out, metrics)
     return metrics if len(metrics) > 1 else metrics[name]

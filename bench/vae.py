@@ -106,7 +106,7 @@ def as_pixels(logits, log_sigma):
     """p(x|z) as the twins have it: of digits Bernoulli, of faces Gaussian with one σ."""
     if logits.shape[1] == 1:
         return torch.distributions.Independent(torch.distributions.Bernoulli(logits=logits), 3)
-    return vae_anime.Pixels(logits.sigmoid(), log_sigma, logits)
+    return vae_anime.Pixels(logits.sigmoid(), log_sigma.exp(), logits)
 
 
 class ExampleVAE(nn.Module):

@@ -215,7 +215,7 @@ def test_noise_of_each_frequency_is_fitted():
         torch.manual_seed(0)
         model(x)
         errors = vae_anime.frequencies(pixels.mean - x).square().mean(0)
-        torch.testing.assert_close(model.squares * 100, errors, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(model.squares, errors, rtol=1e-3, atol=1e-5)
         model.squares.copy_(errors)
         pixels, kl, _ = vae_anime.infer(model.eval(), x, model.encode(x))
         bits = vae_anime.bits_per_dim(pixels, x, kl)
@@ -261,8 +261,8 @@ def test_collapse_is_measured(twin, monkeypatch):
     model, args = tiny_model(twin, learned_prior=False), twin.parse_args(["--iwae", "1"])
     images = torch.randint(0, 256, (500, *twin.SHAPE), dtype=torch.uint8)
     mu = torch.randn(500, 4) * torch.tensor([1.0, 1.0, 1.0, 0.0])
-    evaluate = lambda *_, **__: ({}, {"mu": mu, "neg_elbo": torch.zeros(500)})  # noqa: E731
-    monkeypatch.setattr(twin, "evaluate", evaluate)
+    each = {"mu": mu, "variance": torch.ones(500, 4), "neg_elbo": torch.zeros(500)}
+    monkeypatch.setattr(twin, "evaluate", lambda *_, **__: ({}, each))
     monkeypatch.setattr(twin, "IWAE_IMAGES", 2)
     metrics, _ = twin.score(model, images, args)
     assert metrics["active_units"] == 3 and metrics["latent_dim"] == 4
