@@ -269,23 +269,16 @@ def judge_digits(t, split, args, model, draws: torch.Tensor) -> None:
     right = (tell(split["test"])[1] == dealt["test"]).float().mean()
     print(f"classifier right on {right:.4f} of {len(split['test'])} held-out digits")
     again = t.evaluate(model, split["test"], args, True)[1]["again"]
-    print("| images | told with confidence .9 or more |\n| --- | --- |")
-    for name, images in {
-        "real, held out": split["test"],
-        "reconstructed": again,
-        "samples": draws,
-    }.items():
+    print("| digits | told with confidence .9 | each digit's frequency over that in the data |")
+    print("| --- | --- | --- |")
+    sets = {"real, held out": split["test"], "reconstructed": again, "**drawn**": draws}
+    for name, images in sets.items():
         confidence, digit = tell(images)
-        print(f"| {name} ({len(images)}) | {(confidence >= 0.9).float().mean():.3f} |")
-    share = (
-        torch.bincount(digit, minlength=10)
-        / len(draws)
-        / (torch.bincount(labels, minlength=10) / len(labels))
-    )
-    print(
-        "frequency of each digit among the samples over that in the data: "
-        + " ".join(f"{v:.2f}" for v in share)
-    )
+        counts = torch.bincount(digit, minlength=10) / len(images)
+        share = counts / (torch.bincount(labels, minlength=10) / len(labels))
+        spread = f"{share.min():.2f} to {share.max():.2f}"
+        told = (confidence >= 0.9).float().mean()
+        print(f"| {name} ({len(images)}) | {told:.3f} | {spread} |")
 
 
 def scales(images: np.ndarray) -> list[np.ndarray]:

@@ -27,6 +27,7 @@ BLEU-4 1.000, .80 of 10,000 draws are a training line; --holdout 100: .88 of uns
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -87,7 +88,6 @@ RANGES |= {"lr": (1e-9, 10), "teacher_forcing": (0, 1)}
 
 
 # data: verbs -> letters -> integers -> batches ----------------------------------------------------
-
 Verb = tuple[str, ...]  # its four forms in the order of TENSES
 Conversion = tuple[str, str, int, int]  # a word, the same verb in another tense, and both tenses
 
@@ -206,8 +206,6 @@ def make_batch(verbs: Verbs, rows: Tensor, invented: float, k: int, generator: G
 
 
 # model --------------------------------------------------------------------------------------------
-
-
 class CVAE(nn.Module):
     """The encoder q(z|x_i, c_i), a GRU both ways, and the decoder p(x_j|z, c_j), another GRU.
 
@@ -281,8 +279,6 @@ class CVAE(nn.Module):
 
 
 # objective (nats per word) ------------------------------------------------------------------------
-
-
 def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(μ, diag σ²) ‖ N(0, I)) (Kingma and Welling 2014, appendix B): (B, k) -> (B,)."""
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
@@ -322,16 +318,15 @@ def prior_loss(model: CVAE, forms: Tensor, posteriors: tuple, count: int, genera
 
 
 # train and evaluate -------------------------------------------------------------------------------
-
-
-def train(model: CVAE, verbs: Verbs, args: Namespace, state: dict) -> None:
-    """Minimise reconstruction + w KL, and later the loss of prior draws, on from `state`."""
+def train(model: CVAE, verbs: Verbs, args: Namespace, state: dict) -> CVAE:
+    """Minimise reconstruction + w KL, later prior_loss too; return the average of the weights."""
     device = next(model.parameters()).device
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     forms, posteriors = verb_tensor(verbs.train), None  # (N, 4, T)
     first, per_epoch = len(state["history"]), math.ceil(len(forms) / args.batch_size)
     steps, began = args.epochs * per_epoch, time.monotonic() - state["seconds"]
-    parts = {"model": model, "optimizer": optimizer}
+    average = copy.deepcopy(model)  # over some two hundred steps: what is scored and kept
+    parts = {"model": model, "average": average, "optimizer": optimizer}
     for name in parts.keys() & state.keys():
         parts[name].load_state_dict(state.pop(name))
     progress = tqdm(total=steps, initial=first * per_epoch, unit="batch", disable=None)
@@ -341,7 +336,7 @@ def train(model: CVAE, verbs: Verbs, args: Namespace, state: dict) -> None:
         if args.prior_draws and epoch >= PRIOR_FROM * args.epochs:
             with torch.no_grad():
                 tenses = torch.arange(len(TENSES), device=device).repeat(len(forms))
-                posteriors = model.encode(forms.flatten(0, 1).to(device), tenses)  # (4N, k) each
+                posteriors = average.encode(forms.flatten(0, 1).to(device), tenses)  # (4N, k) each
         sums = torch.zeros(2, device=device)  # of reconstruction and KL
         for step, rows in enumerate(order.split(args.batch_size), epoch * per_epoch):
             generator = seed_all(args.seed, epoch, step)
@@ -358,20 +353,24 @@ def train(model: CVAE, verbs: Verbs, args: Namespace, state: dict) -> None:
             norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
             if not torch.isfinite(loss + norm):
                 fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
-            decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)  # after a tenth of warm-up
+            decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)  # or, at first, a warm-up
             optimizer.param_groups[0]["lr"] = args.lr * min(10 * (step + 1) / steps, decay)
             optimizer.step()
+            with torch.no_grad():  # the first steps are soon forgotten
+                share = 1 - min(0.995, (1 + step) / (10 + step))
+                torch._foreach_lerp_([*average.parameters()], [*model.parameters()], share)
             sums += torch.stack([reconstruction[: len(rows)].sum(), kl.sum()]).detach()
             progress.update()
         row = {"epoch": epoch + 1, "kl_weight": weight, "teacher_forcing": forcing}
         row["reconstruction"], row["kl"] = (sums / len(forms)).tolist()
-        row["bleu4"] = score_conversions(model, verbs.tests)[2]
-        row["gaussian_score"], _ = score_generated(generate(model, 100, args.seed), verbs.train)
+        row["bleu4"] = score_conversions(average, verbs.tests)[2]
+        row["gaussian_score"], _ = score_generated(generate(average, 100, args.seed), verbs.train)
         state["history"].append(row)
         state["seconds"] = time.monotonic() - began
         saved = state | {name: part.state_dict() for name, part in parts.items()}
         write_file(args.out / "checkpoint.pt", partial(torch.save, saved))
     progress.close()
+    return average
 
 
 @torch.no_grad()
@@ -436,8 +435,6 @@ def score_run(model: CVAE, verbs: Verbs, seed: int) -> dict:
 
 
 # figures ------------------------------------------------------------------------------------------
-
-
 def plot_history(path: Path, history: list[dict]) -> None:
     """Losses, KL weight and teacher forcing, and both scores by epoch."""
     rows = {"nats per word": ["reconstruction", "kl"], "score": ["bleu4", "gaussian_score"]}
@@ -467,8 +464,6 @@ def write_results(args: Namespace, model: CVAE, verbs: Verbs, history: list[dict
 
 
 # run folder, errors, command line (much of it the same in every script) ---------------------------
-
-
 def fail(message: str) -> NoReturn:
     """End the program over a user's mistake: one line on stderr, exit code 2."""
     print("error:", " ".join(message.split()), file=sys.stderr)
@@ -663,8 +658,7 @@ def run(args: Namespace, verbs: Verbs) -> dict:
     with open_run(args.out, args, verbs.hashes):
         seed_all(args.seed)
         model = CVAE(args.latent_dim, args.hidden_dim).to(device)
-        train(model, verbs, args, state)
-        model.cpu()
+        model = train(model, verbs, args, state).cpu()
         began = time.monotonic()
         metrics = state["history"][-1] | score_run(model, verbs, args.seed)
         write_results(args, model, verbs, state["history"])
