@@ -80,7 +80,7 @@ EPOCHS = 8
 LEARNING_RATE = 2e-3
 EPSILON = 1e-2  # of Adam: with 1e-8 a ladder silenced by a large λ drifts till its KL explodes
 MAX_NORM = 3000.0  # of the gradient
-TEMPERATURE = 0.85  # of draws
+TEMPERATURE = 0.9  # of draws
 TERMS = ("reconstruction", "kl", "loss")  # of training: loss = reconstruction + λ KL
 ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2016)
 IWAE_IMAGES = 100  # that its bound is taken of

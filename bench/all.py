@@ -42,7 +42,7 @@ faces-lambda  15 vae_anime.py {FACES} --out {{out}}/faces-lambda {SWEEP} --epoch
 digits-drawn       3 bench/vae.py samples digits {DIGITS} --out {{out}}/digits --count 2000
 digits-long-drawn  3 bench/vae.py samples digits {DIGITS} --out {{out}}/digits-long --count 2000
 faces-drawn        3 bench/vae.py samples faces {FACES} --out {{out}}/faces {JUDGE}
-faces-long-drawn   3 bench/vae.py samples faces {FACES} --out {{out}}/faces-long {JUDGE}
+faces-long-drawn   3 bench/vae.py samples faces {FACES} --out {{out}}/faces-long {JUDGE} --temperature 0.8
 digits-peers  20 bench/vae.py peers digits {DIGITS} --seconds 300
 faces-peers   30 bench/vae.py peers faces {FACES} --seconds 720
 tenses        60 bench/cvae.py scores --data {{data}} --out {{out}}/cvae
