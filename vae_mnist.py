@@ -640,9 +640,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     check_ranges(args, {name: (low, 2**32 - 1) for name, low in least.items()})
     for value in args.kl_weight:
         check_ranges(Namespace(**{"lambda": value}), {"lambda": (0, 1e9)})
-    args.weights = list({f"{value:g}": value for value in args.kl_weight}.values())  # by folder
-    args.kl_weight = args.weights[0]
-    if bool(args.evaluate) + bool(args.sample) + (len(args.weights) > 1) > 1:
+    args.lambdas = list({f"{value:g}": value for value in args.kl_weight}.values())  # by folder
+    args.kl_weight = args.lambdas[0]
+    if bool(args.evaluate) + bool(args.sample) + (len(args.lambdas) > 1) > 1:
         fail("give only one of --evaluate, --sample and several --lambda")
     return args
 # fmt: on
@@ -694,7 +694,7 @@ def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
     settings = {name: getattr(args, name) for name in names}
     settings |= {"lambda": args.kl_weight, "sha256": sha256}
     state = {"version": VERSION, "settings": settings, "history": [], "seconds": 0.0}
-    if checkpoint.exists() and (args.resume or len(args.weights) > 1):
+    if checkpoint.exists() and (args.resume or len(args.lambdas) > 1):
         saved = load_checkpoint(checkpoint, VERSION, settings if args.resume else {})
         if args.resume or ("metrics" in saved and saved["settings"] == settings):
             state = saved
@@ -742,8 +742,8 @@ def train_all(args: Namespace) -> dict:
     if args.batch_size % WORLD:
         fail(f"--batch-size {args.batch_size}: give a multiple of the {WORLD} processes")
     each = args.epochs * (len(images["train"]) // args.batch_size)  # batches of a λ
-    with tqdm(total=each * len(args.weights), unit="batch", disable=RANK > 0 or None) as bar:
-        for weight in args.weights:
+    with tqdm(total=each * len(args.lambdas), unit="batch", disable=RANK > 0 or None) as bar:
+        for weight in args.lambdas:
             args.kl_weight, name = weight, f"{weight:g}"
             bar.update(each * len(metrics) - bar.n)  # of a λ that was finished before
             metrics[name] = run(args, images, sha256, bar)
