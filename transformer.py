@@ -77,9 +77,8 @@ MAX_LENGTH = 512  # tokens of a text; longer ones are cut
 TOKENIZE = get_tokenizer("basic_english")  # lower case, marks apart
 OPTIMIZER, ACTIVATION = torch.optim.AdamW, F.gelu
 
+
 # data: csv -> texts and labels -> tokens -> integers ----------------------------------------------
-
-
 class News(NamedTuple):
     """One competition: N training rows, and M test rows that follow them in `texts` and `ids`."""
 
@@ -158,6 +157,7 @@ def load_news(args: Namespace) -> News:
     shares = ", ".join(f"{name}: {count}" for name, count in zip(classes, counts, strict=True))
     if len(classes) < 2 or "" in classes or min(counts) < args.folds:
         fail(f"{path}: {label} has classes {shares[:99]}. Give two or more, {args.folds} rows each")
+    print(f"columns   text {', '.join(columns)}; label {label}; id {key or 'none, counted from 1'}")
     print(f"rows      {len(ids)} to train on ({shares}), {len(test_ids)} to classify")
     hashes = {"train.csv": train_hash, "test.csv": test_hash}
     return News(texts + test_texts, ids + test_ids, labels, classes, (key or "Id", label), hashes)
@@ -276,8 +276,6 @@ def class_evidence(texts: list[Tensor], labels: Tensor, names: int, classes: int
 
 
 # model --------------------------------------------------------------------------------------------
-
-
 class Dropout(nn.Dropout):
     """Dropout from one random byte an element, p to 1/256: torch's takes a third of a step."""
 
@@ -358,8 +356,6 @@ class TransformerClassifier(nn.Module):
 
 
 # objective ----------------------------------------------------------------------------------------
-
-
 def drop_words(tokens: Tensor, p: float) -> Tensor:
     """Turn each token of (B, T, 3) with probability p into <unk> with a name never seen."""
     word, column, name = tokens.unbind(-1)
@@ -380,8 +376,6 @@ def r_drop_loss(logits: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, 
 
 
 # train and evaluate -------------------------------------------------------------------------------
-
-
 def train_member(texts: list, labels: Tensor, state: dict, device, bar: tqdm, save: Callable):
     """Train the run's next model, on from the last epoch that `state` holds, and return it."""
     settings = Namespace(**state["settings"])
@@ -491,7 +485,8 @@ def cross_validate(args: Namespace, news: News) -> dict:
             state["current"] = {}
             save()
             share = (probabilities[held_out].argmax(1) == labels[held_out]).float().mean()
-            bar.write(f"model {len(state['members'])} of {len(folds)}: held out {share:.4f}")
+            name = f"model {len(state['members'])} of {len(folds)}"
+            bar.write(f"{name}: {share:.1%} of the rows that it was not trained on are right")
         right = (probabilities[: len(labels)].argmax(1) == labels).double()
         accuracy = right.mean().item()
         metrics = {
@@ -501,6 +496,7 @@ def cross_validate(args: Namespace, news: News) -> dict:
             "vector_coverage": coverage,
             "parameters": sum(p.numel() for p in build_model(state).parameters()),
         }
+        bar.close()
         if RANK == 0:
             leave_results(args.out, news, texts, state)
         state["metrics"] = metrics | {"seconds": time.monotonic() - began}
@@ -540,8 +536,6 @@ def predict(args: Namespace) -> dict:
 
 
 # figures and tables -------------------------------------------------------------------------------
-
-
 def leave_results(out: Path, news: News, texts: list, state: dict) -> None:
     """submission.csv where the user stands; tables and figures in `out`."""
     (key, label), classes, count = news.header, news.classes, len(news.labels)
@@ -610,8 +604,6 @@ def plot_attentions(news: News, texts: list[Tensor], state: dict) -> dict[str, F
 
 
 # run folder, errors, command line (much of it the same in every script) ---------------------------
-
-
 def fail(message: str) -> NoReturn:
     """End the program over a user's mistake: one line on stderr, exit code 2."""
     print("error:", " ".join(message.split()), file=sys.stderr)
@@ -642,7 +634,8 @@ def exit_on_signals() -> None:
     start = ["torchrun", "--nproc-per-node", processes] if processes else ["python"]
 
     def stop(number: int, frame) -> None:
-        print("\nstopped   go on with:", shlex.join([*start, *sys.argv, "--resume"]))
+        words = [word for word in sys.argv if word != "--resume"]
+        print("\nstopped   go on with:", shlex.join([*start, *words, "--resume"]))
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGINT, stop)
@@ -787,7 +780,12 @@ def main(argv: list[str] | None = None) -> dict:
         with one_line("torchrun", "Add --resume") if WORLD > 1 else contextlib.nullcontext():
             metrics = cross_validate(args, load_news(args))
         print("accuracy  {oof_accuracy:.4f} ± {oof_accuracy_se:.4f}, out of fold".format(**metrics))
-        print("next      kaggle competitions submit COMPETITION -f submission.csv -m Transformer")
+        if args.limit:
+            print("next      the same without --limit: all rows, and a submission.csv to upload")
+        else:
+            print(
+                "next      kaggle competitions submit COMPETITION -f submission.csv -m Transformer"
+            )
         print(f'          or python {sys.argv[0]} --out {args.out} --predict "your text"')
     if RANK == 0:
         write_json(args.out / "metrics.json", metrics)

@@ -468,7 +468,7 @@ def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> 
     titles = "-log p(x|codes)", "KL", f"loss, λ = {kl_weight:g}"
     with panels(path, len(TERMS)) as axes:
         for panel, term, title in zip(axes, TERMS, titles, strict=True):
-            names = {f"train_{term}": "training", f"validation_{term}": "validation"}
+            names = {f"train_{term}": "as it trains", f"validation_{term}": "validation"}
             curves = history.set_index("epoch")[[*names]].rename(columns=names)
             late = curves[len(curves) // 20 :].to_numpy()  # the first would flatten them
             limits = (late.min(), late.max() + 1e-6)
@@ -522,7 +522,8 @@ def exit_on_signals() -> None:
     start = ["torchrun", "--nproc-per-node", processes] if processes else ["python"]
 
     def stop(number: int, frame) -> None:
-        print("\nstopped   go on with:", shlex.join([*start, *sys.argv, "--resume"]))
+        words = [word for word in sys.argv if word != "--resume"]
+        print("\nstopped   go on with:", shlex.join([*start, *words, "--resume"]))
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGINT, stop)
@@ -612,7 +613,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.error = fail
     add = parser.add_argument_group("run").add_argument
-    add("--data", type=Path, metavar="PATH", help=f"{DATA}, or of faces a folder of images")
+    add("--data", type=Path, metavar="PATH", help=f"{DATA} or one like it; of faces a folder, too")
     add("--out", type=Path, default=Path("runs") / SCRIPT, help="folder of the run [%(default)s]")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
     add("--evaluate", type=Path, metavar="FILE", help="score the finished model on images of FILE")
@@ -669,6 +670,7 @@ def use_finished(args: Namespace) -> dict:
         arrays = {"image": draw_samples(model, args.sample, args)}
         picture = Image.fromarray(tile(arrays["image"], math.ceil(math.sqrt(args.sample))))
         write_file(folder / f"samples-{args.sample}.png", partial(picture.save, format="png"))
+        print(f"wrote     {folder}/samples-{args.sample}.png")
     else:
         name, images = "reconstructions", torch.from_numpy(load_images(args.evaluate)[0])
         metrics, each = score(model, images, args)
@@ -747,7 +749,8 @@ def train_all(args: Namespace) -> dict:
             args.kl_weight, name = weight, f"{weight:g}"
             bar.update(each * len(metrics) - bar.n)  # of a λ that was finished before
             metrics[name] = run(args, images, sha256, bar)
-            bar.write(f"λ = {name:6}-ELBO {metrics[name]['neg_elbo']['test']:.2f} nats")
+            told = "{bits_per_dim:.3f} bits/dim, {psnr_db:.1f} dB".format(**metrics[name])
+            bar.write(f"λ = {name:6}-ELBO {metrics[name]['neg_elbo']['test']:.2f} nats, {told}")
             if RANK == 0:
                 write_json(args.out / f"lambda-{name}" / "metrics.json", metrics[name])
     print(f"wrote     {args.out}/lambda-{', '.join(metrics)}")

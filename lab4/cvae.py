@@ -494,7 +494,8 @@ def exit_on_signals() -> None:
     start = ["torchrun", "--nproc-per-node", processes] if processes else ["python"]
 
     def stop(number: int, frame) -> None:
-        print("\nstopped   go on with:", shlex.join([*start, *sys.argv, "--resume"]))
+        words = [word for word in sys.argv if word != "--resume"]
+        print("\nstopped   go on with:", shlex.join([*start, *words, "--resume"]))
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGINT, stop)
