@@ -374,7 +374,7 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
             norm = nn.utils.clip_grad_norm_(learned, MAX_NORM)
             if not math.isfinite(loss.item() + norm.item()):
                 fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
-            decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)  # or, at first, a warm-up
+            decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)  # and a tenth of warm-up
             optimizer.param_groups[0]["lr"] = args.lr * min(10 * (step + 1) / steps, decay)
             optimizer.step()
             sums += torch.stack([reconstruction, kl, loss]).detach()
@@ -513,7 +513,7 @@ def plot_posterior(folder: Path, test: Tensor, each: dict, args: Namespace) -> N
 
 
 def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> None:
-    """Training (changed images, the step's own weights) and validation, by epoch."""
+    """By epoch: training as it trains (changed images; of faces with one σ), and validation."""
     titles = "-log p(x|codes)", "KL", f"loss, λ = {kl_weight:g}"
     with panels(path, len(TERMS)) as axes:
         for panel, term, title in zip(axes, TERMS, titles, strict=True):

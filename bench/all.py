@@ -1,4 +1,4 @@
-"""Measure every figure of docs/results.md again, and write its tables.
+"""Measure the figures of docs/results.md again, and write its tables.
 
     python bench/all.py --data data --list       the commands, and about how long each takes
     python bench/all.py --data data              run what has not been run; stop it, and it goes on
@@ -13,12 +13,14 @@ marks <!-- name --> and <!-- /name -->; one whose step is missing is left as it 
 
 import argparse
 import json
+import math
 import re
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -70,24 +72,16 @@ def images_table(out: Path) -> str:
         digits = "digits" in run
         command = f"python vae_{'mnist' if digits else 'anime'}.py"
         command += f" --epochs {m['epochs']}" if "long" in run else ""
-        bits, dims = m["bits_per_dim"], 784 if digits else 3 * 64 * 64
-        train = bits + (m["neg_elbo"]["train"] - m["neg_elbo"]["test"]) / dims / 0.693147
-        if digits:
-            figure = f"**{m['neg_elbo']['test']:.2f} nats** ({bits:.3f} bits/dim)"
-            train, bound = f"{m['neg_elbo']['train']:.2f}", f"{m['iwae']:.2f} nats"
-            bound += f" ({m['iwae_images']} images, on which -ELBO is {m['iwae_neg_elbo']:.2f}), "
-        else:
-            one = m["bits_per_dim_one_sigma"]
-            figure, train, bound = (
-                f"**{bits:.3f} bits/dim** ({one:.3f} with one σ)",
-                f"{train:.3f}",
-                "",
-            )
-        bound = f"IWAE-{m['iwae_samples']} {bound}" if bound else ""
-        rest = (
-            f"{bound}{m['psnr_db']:.2f} dB, {m['active_units']} of {m['latent_dim']} units active"
-        )
+        bits, test, train = m["bits_per_dim"], m["neg_elbo"]["test"], m["neg_elbo"]["train"]
+        rest = f"{m['psnr_db']:.2f} dB, {m['active_units']} of {m['latent_dim']} units active"
         rest += f", {m['parameters']:,} weights"
+        if digits:
+            figure, train = f"**{test:.2f} nats** ({bits:.3f} bits/dim)", f"{train:.2f}"
+            images = f"{m['iwae_images']} images, on which -ELBO is {m['iwae_neg_elbo']:.2f}"
+            rest = f"IWAE-{m['iwae_samples']} {m['iwae']:.2f} nats ({images}), {rest}"
+        else:
+            figure = f"**{bits:.3f} bits/dim** ({m['bits_per_dim_one_sigma']:.3f} with one σ)"
+            train = f"{bits + (train - test) / (3 * 64 * 64) / math.log(2):.3f}"
         lines.append(f"| `{command}` | {figure} | {train} | {rest} | {m['seconds']:.0f} |")
     return "\n".join(lines)
 
@@ -128,7 +122,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "digits-drawn": lambda out: drawn_table(out, "digits"),
 }
 TABLES |= {
-    name: lambda out, name=name: printed(out, name)
+    name: partial(printed, name=name)
     for name in ("news", "news-speed", "digits-peers", "faces-peers", "tenses", "tenses-speed")
 }
 

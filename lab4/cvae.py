@@ -239,7 +239,7 @@ class CVAE(nn.Module):
 
     def decode(self, state: Tensor, tense: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
         """From `state` (B, hidden) over `given` (B, T): logits (B, T, 28), and the state there."""
-        tense = self.write_tense(tense)[:, None] * (given != START)[..., None]  # none for the first
+        tense = self.write_tense(tense)[:, None] * (given != START)[..., None]  # first letter: none
         states, last = self.writer(torch.cat([self.write_letters(given), tense], -1), state[None])
         return self.out(states), last[0]
 
@@ -353,7 +353,7 @@ def train(model: CVAE, verbs: Verbs, args: Namespace, state: dict) -> CVAE:
             norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
             if not torch.isfinite(loss + norm):
                 fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
-            decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)  # or, at first, a warm-up
+            decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)  # and a tenth of warm-up
             optimizer.param_groups[0]["lr"] = args.lr * min(10 * (step + 1) / steps, decay)
             optimizer.step()
             with torch.no_grad():  # the first steps are soon forgotten

@@ -278,7 +278,7 @@ def test_a_signal_ends_it_at_once(script, owner, function, when, number, monkeyp
 def test_under_torchrun_the_command_is_torchruns(script, monkeypatch, capsys):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(sys, "argv", ["script.py", "--out", "a b"])
+    monkeypatch.setattr(sys, "argv", ["script.py", "--resume", "--out", "a b"])  # once again
     try:
         script.exit_on_signals()
         with pytest.raises(SystemExit) as stopped:

@@ -450,7 +450,7 @@ def test_out_of_fold_means_not_trained_on(here):
     )
 
 
-def test_2021_format_and_labels_as_they_came(here):
+def test_2021_format_and_labels_as_they_came(here, capsys):
     rows = rows_of("data/train.csv")
     words = {"1": "world", "2": "sport", "3": "business", "4": "tech"}
     write_rows(
@@ -462,6 +462,8 @@ def test_2021_format_and_labels_as_they_came(here):
         [["Id", "Title"], ["0", "A late goal"], ["1", "Oil prices fell"], ["2", ""]],
     )
     run("--limit", "200")
+    out = capsys.readouterr().out
+    assert "text Title; label Category; id Id" in out and "without --limit" in out
     submission = rows_of("submission.csv")
     assert [row[0] for row in submission] == ["Id", "0", "1", "2"]
     assert {row[1] for row in submission[1:]} <= set(words.values())

@@ -590,6 +590,11 @@ def test_digits_of_other_kinds(here, capsys, arrays, warning):
         assert np.array_equal(images[:, 0], 255 * (digits() >> 7) if two_levels else digits())
 
 
+def test_one_digit_alone_is_an_image(here):
+    np.savez("one.npz", image=digits(1))
+    assert vae_mnist.load_images(Path("one.npz"))[0].shape == (1, 1, 28, 28)
+
+
 @pytest.mark.parametrize("twin", TWINS)
 def test_runs_from_an_empty_folder(twin, here):
     folder = here / "empty"
