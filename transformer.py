@@ -21,7 +21,6 @@ runs/transformer/. With GloVe 6B 100d and the 2,000 rows of the 2022 competition
 of fold, .8986 ± .0061 on 2,446 unseen texts (seed 0, two cores).
 """
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -36,7 +35,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -664,11 +663,8 @@ def write_file(path: Path, save: Callable[[io.BytesIO], object]) -> None:
     content, temporary = io.BytesIO(), path.with_name(f".{path.name}.tmp")
     save(content)
     with one_line(path, "Make room, then add --resume"):
-        try:
-            temporary.write_bytes(content.getbuffer())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        temporary.write_bytes(content.getbuffer())
+        os.replace(temporary, path)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -728,7 +724,7 @@ RANGES |= dict.fromkeys(("dropout", "word_dropout"), (0, 0.99))
 
 # fmt: off
 def parse_args(argv: list[str] | None) -> Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.error = fail  # a mistake is one line here as everywhere
     add = parser.add_argument_group("run").add_argument
     add("--data", type=Path, help="folder of train.csv and test.csv [data/, else its sample]")

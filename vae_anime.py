@@ -5,18 +5,17 @@
 # ///
 """Learn colour images of anime faces with a variational autoencoder of two scales.
 
-A global code z says what the face is. From z the decoder paints a smooth image, and p(detail|z), a
-ladder of convolutional codes at 8 x 8 and 16 x 16, draws on it what a short code cannot hold:
+From a code z the decoder paints a smooth image, and p(detail|z), a ladder of convolutional codes at
+8 x 8 and 16 x 16, draws on it what a short code cannot hold:
 
     p(x, detail, z) = p(x|z, detail) Π p(detail_i | z, detail_<i) p(z)
     log p(x) >= E q [log p(x|z, detail)] - KL(q(z|x) || p(z)) - Σ E q [KL of detail_i]
     loss      = reconstruction + λ KL, in nats per image; λ = 1 is the bound
 
-(Kingma and Welling 2014, eq. 3; ladders: Sønderby et al. 2016, Child 2021.) So that z is used, its
-smooth image has a likelihood of its own, from which alone, and λ KL, z's encoder and decoder learn.
-While it trains, p(x|z, detail) has one learned σ for all pixels (σ-VAE, Rybkin et al. 2021); later
-each frequency has its own, the root of its mean squared error; and the prior p(z), N(0, I) before,
-becomes a mixture of 16 Gaussians, fitted to the codes by EM, unless --prior normal keeps it.
+(Kingma and Welling 2014, eq. 3; ladders: Sønderby et al. 2016, Child 2021.) z learns from λ KL and
+a likelihood of its smooth image alone. Training has one learned σ for all pixels (Rybkin et al.
+2021) and p(z) = N(0, I). Then each frequency gets its own, the root of its mean squared error, and
+p(z) becomes a mixture of 16 Gaussians, fitted to the codes by EM, unless --prior normal keeps it.
 
     python vae_anime.py                      data/anime-faces.zip, else the bundled sample
     python vae_anime.py --lambda 0 1 50 100  one model a λ, side by side
@@ -27,7 +26,6 @@ Each λ leaves figures, metrics.json and the model in runs/vae_anime/lambda-<λ>
 faces, λ = 1: 4.095 bits/dim (5.239 with one σ), 30.7 dB on test images (one thread, seed 0).
 """
 
-import argparse
 import contextlib
 import copy
 import hashlib
@@ -42,14 +40,13 @@ import subprocess
 import sys
 import time
 import zipfile
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-# Read when torch is imported: waiting threads that spin cost 2.6 times the time beside another job.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: threads that spin slow others
 
 import numpy as np
 import pandas as pd
@@ -84,7 +81,6 @@ TEMPERATURE = 0.9  # of draws
 TERMS = ("reconstruction", "kl", "loss")  # of training: loss = reconstruction + λ KL
 ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2016)
 IWAE_IMAGES = 100  # that its bound is taken of
-MAX_BYTES = 2**25  # of one image file, and of one unpacked image's pixels
 
 
 # data: files -> uint8 images -> batches of pixels in [0, 1] ---------------------------------------
@@ -92,38 +88,29 @@ def find_data(given: Path | None) -> Path:
     """The file to read: the one given, else in data/ beside the script, else the bundled sample."""
     real, sample = HERE / "data" / DATA, HERE / "data" / "sample" / DATA
     path = given or (real if real.exists() else sample)
-    if not path.exists():
-        fail(f"{path}: No such file or directory. {SOURCE}, or name it with --data")
     print(f"data      {path}" + (f", the bundled sample. {SOURCE}" if path == sample else ""))
     return path
 
 
 def load_images(path: Path) -> tuple[np.ndarray, str]:
-    """All PNG and JPEG images of a zip file or a folder, uint8 (N, 3, 64, 64), and their sha256.
-
-    Each becomes RGB of 64 x 64. What cannot be read is left out, and counted in a line.
-    """
-    images, unread = [], []
-    with one_line(path, "Give a zip file or a folder of PNG or JPEG images"):
+    """The PNG and JPEG images of a zip file or folder as RGB, uint8 (N, 3, 64, 64); the sha256."""
+    images = {}
+    with one_line(path, f"Give a zip file or a folder of PNG or JPEG images. {SOURCE}"):
         archive = None if path.is_dir() else zipfile.ZipFile(path)
-        files = archive.namelist() if archive else [p.relative_to(path) for p in path.rglob("*")]
-        names = (n for n in map(str, files) if n.lower().endswith((".png", ".jpg", ".jpeg")))
+        files = archive.namelist() if archive else path.rglob("*")
+        opened = archive.open if archive else partial(open, mode="rb")
+        names = [n for n in map(str, files) if n.lower().endswith((".png", ".jpg", ".jpeg"))]
         for name in sorted(names):
-            try:
-                with archive.open(name) if archive else open(path / name, "rb") as file:
-                    content = io.BytesIO(file.read(MAX_BYTES))
-                with Image.open(content, formats=("PNG", "JPEG")) as image:
-                    if image.width * image.height * 4 > MAX_BYTES or image.mode.startswith("I"):
-                        raise ValueError(f"{image.size} pixels of mode {image.mode}")  # I: 16 bits
+            with contextlib.suppress(Exception), opened(name) as file:  # Pillow raises anything
+                image = Image.open(file, formats=("PNG", "JPEG"))
+                if not image.mode.startswith("I"):  # 16 bits would be cut to 8
                     pixels = image.convert("RGB").resize(SHAPE[:0:-1], Image.Resampling.BOX)
-                images.append(np.asarray(pixels).transpose(2, 0, 1))
-            except Exception:  # zipfile and Pillow raise what the bytes lead them into
-                unread.append(f"{name!r}")
+                    images[name] = np.asarray(pixels).transpose(2, 0, 1)
         if not images:
             raise ValueError("no PNG or JPEG image in it that can be read")
-    if unread:
-        print(f"warning   {path}: {len(unread)} images cannot be read, such as {unread[0]}")
-    stacked = np.stack(images)
+    if unread := sorted(set(names) - set(images)):
+        print(f"warning   {path}: {len(unread)} images cannot be read, such as {unread[0]!r}")
+    stacked = np.stack([*images.values()])
     return stacked, hashlib.sha256(path.read_bytes() if archive else stacked.tobytes()).hexdigest()
 
 
@@ -175,7 +162,7 @@ def gaussian(mu: Tensor, logvar: Tensor) -> D.Independent:
 
 
 class Prior(nn.Module):
-    """p(z): N(0, I) in training; after `fit` a mixture of K Gaussians with full covariance."""
+    """p(z): N(0, I) in training, then `fit_prior` makes it a mixture of K Gaussians, (K, k)."""
 
     def __init__(self, latent_dim: int, count: int):
         super().__init__()
@@ -190,14 +177,6 @@ class Prior(nn.Module):
         spread = temperature * self.scale_tril
         gaussians = D.MultivariateNormal(self.loc, scale_tril=spread, validate_args=False)
         return D.MixtureSameFamily(D.Categorical(self.weights), gaussians, validate_args=False)
-
-    @torch.no_grad()
-    def fit(self, z: Tensor) -> None:
-        """The likeliest mixture for codes z (N, k), by EM (Dempster et al. 1977)."""
-        mixture = GaussianMixture(len(self.weights), reg_covar=1e-3, random_state=0).fit(z.double())
-        self.weights.copy_(torch.from_numpy(mixture.weights_))
-        self.loc.copy_(torch.from_numpy(mixture.means_))
-        self.scale_tril.copy_(torch.from_numpy(np.linalg.cholesky(mixture.covariances_)))
 
 
 @D.register_kl(D.Independent, D.MixtureSameFamily)
@@ -278,14 +257,10 @@ class VAE(nn.Module):
         self.register_buffer("mean_image", torch.zeros(SHAPE))
         self.to(memory_format=torch.channels_last)
 
-    def encode(self, x: Tensor) -> D.Independent:
-        """q(z|x) of x (B, 3, 64, 64) in [0, 1]."""
+    def encode(self, x: Tensor, kl_weight: float | None = None) -> D.Independent:
+        """q(z|x) of x (B, 3, 64, 64) in [0, 1], at every λ as the encoder says."""
         with autocast(x.device):
             return gaussian(*self.encoder(x - self.mean_image).chunk(2, 1))
-
-    def posterior(self, x: Tensor, kl_weight: float) -> D.Independent:
-        """q(z|x) as it is scored and shown."""
-        return self.encode(x)
 
     def decode(self, z: Tensor, x: Tensor | None = None, temperature: float = 1.0) -> tuple:
         """p(x|z, detail), and of each detail (code, q, p): drawn from q(·|x), without x from p."""
@@ -320,10 +295,9 @@ class VAE(nn.Module):
 def bits_per_dim(pixels: Pixels, x: Tensor, kl: Tensor) -> dict[str, Tensor]:
     """The bound in bits per dimension, as it is and with one σ for all frequencies, (B,) each."""
     one = pixels._replace(sigma=pixels.sigma.square().mean().sqrt())
-    kinds = {"bits_per_dim": pixels, "bits_per_dim_one_sigma": one}
-    dim = math.prod(SHAPE) * math.log(2)
+    own, shared = ((kl - p.log_prob(x)) / math.prod(SHAPE) / math.log(2) for p in (pixels, one))
     # 8 is log2 256, as is custom; 255 steps lie between the levels: exactly log2(256/255) less
-    return {name: (kl - kind.log_prob(x)) / dim + 8 for name, kind in kinds.items()}
+    return {"bits_per_dim": own + 8, "bits_per_dim_one_sigma": shared + 8}
 
 
 def infer(model: VAE, x: Tensor, q: D.Independent) -> tuple:
@@ -350,8 +324,7 @@ def iwae_bound(model: VAE, x: Tensor, q: D.Independent, samples: int) -> Tensor:
 def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable, bar) -> None:
     """Minimise reconstruction + λ KL, on from `state`."""
     device, first = model.mean_image.device, len(state["history"])
-    learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learned, args.lr, (0.9, 0.99), EPSILON, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, (0.9, 0.99), EPSILON, fused=True)
     per_epoch = len(images["train"]) // args.batch_size  # a batch that is not full is left out
     steps = args.epochs * per_epoch
     parts = {"model": model, "optimizer": optimizer}
@@ -362,7 +335,7 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
     for epoch in range(first, args.epochs):
         model.train()
         order = torch.randperm(len(images["train"]), generator=seed_all(args.seed, epoch))
-        sums = torch.zeros(len(TERMS), device=device)
+        sums = torch.zeros(len(TERMS), device=device)  # over this process's slices
         for step, batch in enumerate(order.split(args.batch_size)[:per_epoch], epoch * per_epoch):
             changed = augment(images["train"][batch], seed_all(args.seed, epoch, step))
             x = to_pixels(changed[RANK::WORLD].to(device))
@@ -371,7 +344,7 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
             loss = reconstruction + args.kl_weight * kl
             optimizer.zero_grad()
             (loss / max(1.0, args.kl_weight)).backward()  # so that ε and the norm mean the same
-            norm = nn.utils.clip_grad_norm_(learned, MAX_NORM)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
             if not math.isfinite(loss.item() + norm.item()):
                 fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
             decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)  # and a tenth of warm-up
@@ -379,22 +352,26 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
             optimizer.step()
             sums += torch.stack([reconstruction, kl, loss]).detach()
             bar.update()
-        if WORLD > 1:
-            dist.all_reduce(sums)
         held_out, _ = evaluate(model.eval(), images["validation"], args)
         if not math.isfinite(held_out["neg_elbo"]):
             fail(f"no finite loss after epoch {epoch + 1}. Lower --lr")
-        means = zip(TERMS, (sums / (WORLD * per_epoch)).tolist(), strict=True)
+        means = zip(TERMS, (sums / per_epoch).tolist(), strict=True)
         row = {"epoch": epoch + 1} | {f"train_{term}": mean for term, mean in means}
         state["history"].append(row | {f"validation_{term}": held_out[term] for term in TERMS})
         save(state | {name: part.state_dict() for name, part in parts.items()})
 
 
+@torch.no_grad()
 def fit_prior(model: VAE, images: dict, args: Namespace) -> VAE:
-    """The model with its prior fitted to the training images' codes, if that helps on others."""
+    """The model with its prior fitted to training codes by EM, if that helps on other images."""
     _, each = evaluate(model, images["train"][:16384], args)
-    fitted, noise = copy.deepcopy(model), torch.randn(4, *each["mu"].shape)
-    fitted.prior.fit((each["mu"] + each["variance"].sqrt() * noise).flatten(0, 1))
+    z = each["mu"] + each["variance"].sqrt() * torch.randn(4, *each["mu"].shape)  # (4, N, k)
+    fitted = copy.deepcopy(model)
+    mixture = GaussianMixture(len(fitted.prior.weights), reg_covar=1e-3, random_state=0)
+    mixture.fit(z.flatten(0, 1).double())  # Dempster et al. 1977
+    fitted.prior.weights.copy_(torch.from_numpy(mixture.weights_))
+    fitted.prior.loc.copy_(torch.from_numpy(mixture.means_))
+    fitted.prior.scale_tril.copy_(torch.from_numpy(np.linalg.cholesky(mixture.covariances_)))
     return min(model, fitted, key=lambda m: evaluate(m, images["validation"], args)[0]["neg_elbo"])
 
 
@@ -405,7 +382,7 @@ def evaluate(model: VAE, images: Tensor, args: Namespace, final=False) -> tuple[
     rows = []
     for batch in images.split(250):
         x = to_pixels(batch.to(model.mean_image.device))
-        q = model.posterior(x, args.kl_weight) if final else model.encode(x)
+        q = model.encode(x, args.kl_weight if final else None)
         pixels, kl, _ = infer(model, x, q)  # codes are drawn, not put at q's mean
         again, reconstruction = pixels.mean.clamp(0, 1), -pixels.log_prob(x)
         scores = {"reconstruction": reconstruction, "kl": kl, "neg_elbo": reconstruction + kl}
@@ -454,10 +431,9 @@ def draw_samples(model: VAE, count: int, args: Namespace) -> Tensor:
 
 def tile(images: Tensor, columns: int) -> np.ndarray:
     """uint8 images (N, C, H, W) -> one RGB image, `columns` beside each other, white between."""
-    images = F.pad(images.expand(-1, 3, -1, -1), (1, 1, 1, 1), value=255)
-    images = F.pad(images, (0,) * 7 + (-len(images) % columns,), value=255)
-    rows = [torch.cat(list(row), -1) for row in images.split(columns)]
-    return torch.cat(rows, -2).permute(1, 2, 0).numpy()
+    white = (1, 1, 1, 1, 0, 0, 0, -len(images) % columns)
+    images = F.pad(images.expand(-1, 3, -1, -1), white, value=255).unflatten(0, (-1, columns))
+    return images.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy()  # rows, columns, RGB
 
 
 @contextlib.contextmanager
@@ -519,9 +495,8 @@ def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> 
         for panel, term, title in zip(axes, TERMS, titles, strict=True):
             names = {f"train_{term}": "as it trains", f"validation_{term}": "validation"}
             curves = history.set_index("epoch")[[*names]].rename(columns=names)
-            late = curves[len(curves) // 20 :].to_numpy()  # the first would flatten them
-            limits = (late.min(), late.max() + 1e-6)
-            curves.plot(ax=panel, style=".-", title=title, ylabel="nats per image", ylim=limits)
+            curves = curves[len(curves) // 20 :]  # the first epochs would flatten the others
+            curves.plot(ax=panel, style=".-", title=title, ylabel="nats per image")
 
 
 def plot_sweep(out: Path, metrics: dict[str, dict]) -> None:
@@ -536,8 +511,8 @@ def plot_sweep(out: Path, metrics: dict[str, dict]) -> None:
         pictures = [Image.open(out / f"lambda-{weight}" / f"{name}.png") for weight in metrics]
         size = 800, 800 * pictures[0].height // pictures[0].width
         rows.append(np.hstack([picture.convert("RGB").resize(size) for picture in pictures]))
-    save = Image.fromarray(np.vstack(rows)).save
-    write_file(out / "lambda-sheet.png", partial(save, format="png"))
+    sheet = Image.fromarray(np.vstack(rows))
+    write_file(out / "lambda-sheet.png", partial(sheet.save, format="png"))
 
 
 # run folder, errors, command line (much of it the same in every script) ---------------------------
@@ -607,11 +582,8 @@ def write_file(path: Path, save: Callable[[io.BytesIO], object]) -> None:
     content, temporary = io.BytesIO(), path.with_name(f".{path.name}.tmp")
     save(content)
     with one_line(path, "Make room, then add --resume"):
-        try:
-            temporary.write_bytes(content.getbuffer())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        temporary.write_bytes(content.getbuffer())
+        os.replace(temporary, path)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -659,7 +631,7 @@ def load_checkpoint(path: Path, version: str, settings: dict) -> dict:
 
 # fmt: off
 def parse_args(argv: list[str] | None) -> Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.error = fail
     add = parser.add_argument_group("run").add_argument
     add("--data", type=Path, metavar="PATH", help=f"{DATA} or one like it; of faces a folder, too")
@@ -680,8 +652,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--batch-size", type=int, default=32, help="images, over all processes [%(default)s]")
     add("--lr", type=float, default=LEARNING_RATE, help="peak rate of Adam [%(default)s]")
     add = parser.add_argument_group("scores and figures").add_argument
-    add("--temperature", type=float, default=TEMPERATURE, metavar="T",
-        help="of draws: the σ of their codes are multiplied by it [%(default)s]")
+    add("--temperature", type=float, default=TEMPERATURE, help="of draws: times σ [%(default)s]")
     add("--image", type=int, default=0, help="test image of posterior.png [%(default)s]")
     add("--iwae", type=int, default=64, help="samples for the IWAE bound [%(default)s]")
     args = parser.parse_args(argv)
@@ -733,11 +704,7 @@ def use_finished(args: Namespace) -> dict:
 
 
 def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
-    """Train at one λ, score the test images, and leave everything in <out>/lambda-<λ>/.
-
-    The checkpoint holds version, settings, history (a row an epoch), seconds, model and optimizer;
-    of a finished run metrics in place of the optimizer.
-    """
+    """Train at one λ, score the test images, and leave everything in <out>/lambda-<λ>/."""
     device, test = pick_device(args.device), images["test"]
     folder = args.out / f"lambda-{args.kl_weight:g}"
     checkpoint = folder / "checkpoint.pt"
@@ -780,6 +747,7 @@ def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
             plot_learning_curve(folder / "learning-curve.png", history, args.kl_weight)
             plot_images(folder, model, test, each, args)
             plot_posterior(folder, test, each, args)
+            write_json(folder / "metrics.json", metrics)
         save(state | {"model": model.state_dict(), "metrics": metrics})
     return metrics
 
@@ -800,8 +768,6 @@ def train_all(args: Namespace) -> dict:
             metrics[name] = run(args, images, sha256, bar)
             told = "{bits_per_dim:.3f} bits/dim, {psnr_db:.1f} dB".format(**metrics[name])
             bar.write(f"λ = {name:6}-ELBO {metrics[name]['neg_elbo']['test']:.2f} nats, {told}")
-            if RANK == 0:
-                write_json(args.out / f"lambda-{name}" / "metrics.json", metrics[name])
     print(f"wrote     {args.out}/lambda-{', '.join(metrics)}")
     out = shlex.quote(str(args.out))
     print(f"next      python {sys.argv[0]} --sample 100 --out {out} --lambda {name}")

@@ -25,7 +25,6 @@ Each λ leaves figures, metrics.json and the model in runs/vae_mnist/lambda-<λ>
 12,000 digits, λ = 1: 76.06 nats on test images (one thread, seed 0).
 """
 
-import argparse
 import contextlib
 import copy
 import hashlib
@@ -40,14 +39,13 @@ import subprocess
 import sys
 import time
 import zipfile
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-# Read when torch is imported: waiting threads that spin cost 2.6 times the time beside another job.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: threads that spin slow others
 
 import numpy as np
 import pandas as pd
@@ -90,8 +88,6 @@ def find_data(given: Path | None) -> Path:
     """The file to read: the one given, else in data/ beside the script, else the bundled sample."""
     real, sample = HERE / "data" / DATA, HERE / "data" / "sample" / DATA
     path = given or (real if real.exists() else sample)
-    if not path.exists():
-        fail(f"{path}: No such file or directory. {SOURCE}, or name it with --data")
     print(f"data      {path}" + (f", the bundled sample. {SOURCE}" if path == sample else ""))
     return path
 
@@ -101,7 +97,7 @@ def load_images(path: Path) -> tuple[np.ndarray, str]:
 
     The array is `image`, or else the first of shape (N, H, W), (N, H, W, 1) or (N, 1, H, W).
     """
-    with one_line(path, "Make it with np.savez(file, image=images), grey images as uint8"):
+    with one_line(path, f"Give np.savez(file, image=uint8 images). {SOURCE}"):
         content = path.read_bytes()
         sizes = [member.file_size for member in zipfile.ZipFile(io.BytesIO(content)).infolist()]
         if max(sizes, default=0) > MAX_BYTES:
@@ -185,7 +181,7 @@ def gaussian(mu: Tensor, logvar: Tensor) -> D.Independent:
 
 
 class Prior(nn.Module):
-    """p(z): N(0, I) in training; after `fit` a mixture of K Gaussians with full covariance."""
+    """p(z): N(0, I) in training, then `fit_prior` makes it a mixture of K Gaussians, (K, k)."""
 
     def __init__(self, latent_dim: int, count: int):
         super().__init__()
@@ -200,14 +196,6 @@ class Prior(nn.Module):
         spread = temperature * self.scale_tril
         gaussians = D.MultivariateNormal(self.loc, scale_tril=spread, validate_args=False)
         return D.MixtureSameFamily(D.Categorical(self.weights), gaussians, validate_args=False)
-
-    @torch.no_grad()
-    def fit(self, z: Tensor) -> None:
-        """The likeliest mixture for codes z (N, k), by EM (Dempster et al. 1977)."""
-        mixture = GaussianMixture(len(self.weights), reg_covar=1e-3, random_state=0).fit(z.double())
-        self.weights.copy_(torch.from_numpy(mixture.weights_))
-        self.loc.copy_(torch.from_numpy(mixture.means_))
-        self.scale_tril.copy_(torch.from_numpy(np.linalg.cholesky(mixture.covariances_)))
 
 
 @D.register_kl(D.Independent, D.MixtureSameFamily)
@@ -239,15 +227,16 @@ class VAE(nn.Module):
         self.register_buffer("mean_image", torch.zeros(SHAPE))
         self.to(memory_format=torch.channels_last)
 
-    def encode(self, x: Tensor) -> D.Independent:
-        """The encoder's q(z|x) of x (B, 1, 28, 28) in [0, 1]."""
+    def encode(self, x: Tensor, kl_weight: float | None = None) -> D.Independent:
+        """q(z|x) of x (B, 1, 28, 28) in [0, 1]; with a λ each image's own, refined."""
         with autocast(x.device):
-            return gaussian(*self.encoder(x - self.mean_image).chunk(2, 1))
+            q = gaussian(*self.encoder(x - self.mean_image).chunk(2, 1))
+        return q if kl_weight is None else self.refine(x, q, kl_weight)
 
     @torch.enable_grad()
-    def posterior(self, x: Tensor, kl_weight: float) -> D.Independent:
-        """q(z|x), μ and σ improved for each image from the encoder's on (Kim et al. 2018)."""
-        q, prior = self.encode(x), self.prior()
+    def refine(self, x: Tensor, q: D.Independent, kl_weight: float) -> D.Independent:
+        """μ and σ improved for each image by gradient from q's on (Kim et al. 2018)."""
+        prior = self.prior()
         learned = [q.mean.detach().requires_grad_(), q.variance.log().detach().requires_grad_()]
         optimizer = torch.optim.Adam(learned, betas=(0.9, 0.99))
         for step in range(REFINE):
@@ -301,8 +290,7 @@ def iwae_bound(model: VAE, x: Tensor, q: D.Independent, samples: int) -> Tensor:
 def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable, bar) -> None:
     """Minimise reconstruction + λ KL, on from `state`."""
     device, first = model.mean_image.device, len(state["history"])
-    learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learned, args.lr, (0.9, 0.99), EPSILON, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, (0.9, 0.99), EPSILON, fused=True)
     per_epoch = len(images["train"]) // args.batch_size  # a batch that is not full is left out
     steps = args.epochs * per_epoch
     parts = {"model": model, "optimizer": optimizer}
@@ -313,7 +301,7 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
     for epoch in range(first, args.epochs):
         model.train()
         order = torch.randperm(len(images["train"]), generator=seed_all(args.seed, epoch))
-        sums = torch.zeros(len(TERMS), device=device)
+        sums = torch.zeros(len(TERMS), device=device)  # over this process's slices
         for step, batch in enumerate(order.split(args.batch_size)[:per_epoch], epoch * per_epoch):
             changed = augment(images["train"][batch], seed_all(args.seed, epoch, step))
             x = to_pixels(changed[RANK::WORLD].to(device))
@@ -322,7 +310,7 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
             loss = reconstruction + args.kl_weight * kl
             optimizer.zero_grad()
             (loss / max(1.0, args.kl_weight)).backward()  # so that ε and the norm mean the same
-            norm = nn.utils.clip_grad_norm_(learned, MAX_NORM)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
             if not math.isfinite(loss.item() + norm.item()):
                 fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
             decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)  # and a tenth of warm-up
@@ -330,22 +318,26 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
             optimizer.step()
             sums += torch.stack([reconstruction, kl, loss]).detach()
             bar.update()
-        if WORLD > 1:
-            dist.all_reduce(sums)
         held_out, _ = evaluate(model.eval(), images["validation"], args)
         if not math.isfinite(held_out["neg_elbo"]):
             fail(f"no finite loss after epoch {epoch + 1}. Lower --lr")
-        means = zip(TERMS, (sums / (WORLD * per_epoch)).tolist(), strict=True)
+        means = zip(TERMS, (sums / per_epoch).tolist(), strict=True)
         row = {"epoch": epoch + 1} | {f"train_{term}": mean for term, mean in means}
         state["history"].append(row | {f"validation_{term}": held_out[term] for term in TERMS})
         save(state | {name: part.state_dict() for name, part in parts.items()})
 
 
+@torch.no_grad()
 def fit_prior(model: VAE, images: dict, args: Namespace) -> VAE:
-    """The model with its prior fitted to the training images' codes, if that helps on others."""
+    """The model with its prior fitted to training codes by EM, if that helps on other images."""
     _, each = evaluate(model, images["train"][:16384], args)
-    fitted, noise = copy.deepcopy(model), torch.randn(4, *each["mu"].shape)
-    fitted.prior.fit((each["mu"] + each["variance"].sqrt() * noise).flatten(0, 1))
+    z = each["mu"] + each["variance"].sqrt() * torch.randn(4, *each["mu"].shape)  # (4, N, k)
+    fitted = copy.deepcopy(model)
+    mixture = GaussianMixture(len(fitted.prior.weights), reg_covar=1e-3, random_state=0)
+    mixture.fit(z.flatten(0, 1).double())  # Dempster et al. 1977
+    fitted.prior.weights.copy_(torch.from_numpy(mixture.weights_))
+    fitted.prior.loc.copy_(torch.from_numpy(mixture.means_))
+    fitted.prior.scale_tril.copy_(torch.from_numpy(np.linalg.cholesky(mixture.covariances_)))
     return min(model, fitted, key=lambda m: evaluate(m, images["validation"], args)[0]["neg_elbo"])
 
 
@@ -356,7 +348,7 @@ def evaluate(model: VAE, images: Tensor, args: Namespace, final=False) -> tuple[
     rows = []
     for batch in images.split(250):
         x = to_pixels(batch.to(model.mean_image.device))
-        q = model.posterior(x, args.kl_weight) if final else model.encode(x)
+        q = model.encode(x, args.kl_weight if final else None)
         pixels, kl, _ = infer(model, x, q)  # codes are drawn, not put at q's mean
         again, reconstruction = pixels.mean.clamp(0, 1), -pixels.log_prob(x)
         scores = {"reconstruction": reconstruction, "kl": kl, "neg_elbo": reconstruction + kl}
@@ -405,10 +397,9 @@ def draw_samples(model: VAE, count: int, args: Namespace) -> Tensor:
 
 def tile(images: Tensor, columns: int) -> np.ndarray:
     """uint8 images (N, C, H, W) -> one RGB image, `columns` beside each other, white between."""
-    images = F.pad(images.expand(-1, 3, -1, -1), (1, 1, 1, 1), value=255)
-    images = F.pad(images, (0,) * 7 + (-len(images) % columns,), value=255)
-    rows = [torch.cat(list(row), -1) for row in images.split(columns)]
-    return torch.cat(rows, -2).permute(1, 2, 0).numpy()
+    white = (1, 1, 1, 1, 0, 0, 0, -len(images) % columns)
+    images = F.pad(images.expand(-1, 3, -1, -1), white, value=255).unflatten(0, (-1, columns))
+    return images.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy()  # rows, columns, RGB
 
 
 @contextlib.contextmanager
@@ -470,9 +461,8 @@ def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> 
         for panel, term, title in zip(axes, TERMS, titles, strict=True):
             names = {f"train_{term}": "as it trains", f"validation_{term}": "validation"}
             curves = history.set_index("epoch")[[*names]].rename(columns=names)
-            late = curves[len(curves) // 20 :].to_numpy()  # the first would flatten them
-            limits = (late.min(), late.max() + 1e-6)
-            curves.plot(ax=panel, style=".-", title=title, ylabel="nats per image", ylim=limits)
+            curves = curves[len(curves) // 20 :]  # the first epochs would flatten the others
+            curves.plot(ax=panel, style=".-", title=title, ylabel="nats per image")
 
 
 def plot_sweep(out: Path, metrics: dict[str, dict]) -> None:
@@ -487,8 +477,8 @@ def plot_sweep(out: Path, metrics: dict[str, dict]) -> None:
         pictures = [Image.open(out / f"lambda-{weight}" / f"{name}.png") for weight in metrics]
         size = 800, 800 * pictures[0].height // pictures[0].width
         rows.append(np.hstack([picture.convert("RGB").resize(size) for picture in pictures]))
-    save = Image.fromarray(np.vstack(rows)).save
-    write_file(out / "lambda-sheet.png", partial(save, format="png"))
+    sheet = Image.fromarray(np.vstack(rows))
+    write_file(out / "lambda-sheet.png", partial(sheet.save, format="png"))
 
 
 # run folder, errors, command line (much of it the same in every script) ---------------------------
@@ -558,11 +548,8 @@ def write_file(path: Path, save: Callable[[io.BytesIO], object]) -> None:
     content, temporary = io.BytesIO(), path.with_name(f".{path.name}.tmp")
     save(content)
     with one_line(path, "Make room, then add --resume"):
-        try:
-            temporary.write_bytes(content.getbuffer())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        temporary.write_bytes(content.getbuffer())
+        os.replace(temporary, path)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -610,7 +597,7 @@ def load_checkpoint(path: Path, version: str, settings: dict) -> dict:
 
 # fmt: off
 def parse_args(argv: list[str] | None) -> Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.error = fail
     add = parser.add_argument_group("run").add_argument
     add("--data", type=Path, metavar="PATH", help=f"{DATA} or one like it; of faces a folder, too")
@@ -631,8 +618,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--batch-size", type=int, default=32, help="images, over all processes [%(default)s]")
     add("--lr", type=float, default=LEARNING_RATE, help="peak rate of Adam [%(default)s]")
     add = parser.add_argument_group("scores and figures").add_argument
-    add("--temperature", type=float, default=TEMPERATURE, metavar="T",
-        help="of draws: the σ of their codes are multiplied by it [%(default)s]")
+    add("--temperature", type=float, default=TEMPERATURE, help="of draws: times σ [%(default)s]")
     add("--image", type=int, default=0, help="test image of posterior.png [%(default)s]")
     add("--iwae", type=int, default=64, help="samples for the IWAE bound [%(default)s]")
     args = parser.parse_args(argv)
@@ -684,11 +670,7 @@ def use_finished(args: Namespace) -> dict:
 
 
 def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
-    """Train at one λ, score the test images, and leave everything in <out>/lambda-<λ>/.
-
-    The checkpoint holds version, settings, history (a row an epoch), seconds, model and optimizer;
-    of a finished run metrics in place of the optimizer.
-    """
+    """Train at one λ, score the test images, and leave everything in <out>/lambda-<λ>/."""
     device, test = pick_device(args.device), images["test"]
     folder = args.out / f"lambda-{args.kl_weight:g}"
     checkpoint = folder / "checkpoint.pt"
@@ -731,6 +713,7 @@ def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
             plot_learning_curve(folder / "learning-curve.png", history, args.kl_weight)
             plot_images(folder, model, test, each, args)
             plot_posterior(folder, test, each, args)
+            write_json(folder / "metrics.json", metrics)
         save(state | {"model": model.state_dict(), "metrics": metrics})
     return metrics
 
@@ -751,8 +734,6 @@ def train_all(args: Namespace) -> dict:
             metrics[name] = run(args, images, sha256, bar)
             told = "{bits_per_dim:.3f} bits/dim, {psnr_db:.1f} dB".format(**metrics[name])
             bar.write(f"λ = {name:6}-ELBO {metrics[name]['neg_elbo']['test']:.2f} nats, {told}")
-            if RANK == 0:
-                write_json(args.out / f"lambda-{name}" / "metrics.json", metrics[name])
     print(f"wrote     {args.out}/lambda-{', '.join(metrics)}")
     out = shlex.quote(str(args.out))
     print(f"next      python {sys.argv[0]} --sample 100 --out {out} --lambda {name}")

@@ -180,7 +180,7 @@ class Drawer:
         pixels = np.array(small).reshape(1, *size, channels).transpose(0, 3, 1, 2)
         x = self.script.to_pixels(torch.from_numpy(pixels))
         with torch.no_grad():
-            return self.load(weight)[0].posterior(x, float(weight)), x
+            return self.load(weight)[0].encode(x, float(weight)), x
 
     def draw(self, weight: str, seed: float, temperature: float) -> Image.Image:
         words = ["--seed", str(int(seed)), "--temperature", str(temperature)]

@@ -25,7 +25,6 @@ Tables, a figure and the model go to runs/cvae/. On the course's file, six minut
 BLEU-4 1.000, .79 of 10,000 draws are a training line; --holdout 100: .88 of unseen conversions.
 """
 
-import argparse
 import contextlib
 import copy
 import hashlib
@@ -41,7 +40,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -524,11 +523,8 @@ def write_file(path: Path, save: Callable[[io.BytesIO], object]) -> None:
     content, temporary = io.BytesIO(), path.with_name(f".{path.name}.tmp")
     save(content)
     with one_line(path, "Make room, then add --resume"):
-        try:
-            temporary.write_bytes(content.getbuffer())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        temporary.write_bytes(content.getbuffer())
+        os.replace(temporary, path)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -575,7 +571,7 @@ def load_checkpoint(path: Path, version: str, settings: dict) -> dict:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.error = fail
     other = ", ".join(f"{name} {value:g}" for name, value in WITH_HOLDOUT.items())
     # fmt: off

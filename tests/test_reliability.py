@@ -111,7 +111,7 @@ def killed(script, *more):
 
 
 @each_script
-@pytest.mark.parametrize("suffix, number", [("checkpoint.pt", 2), (".png", 1)])
+@pytest.mark.parametrize("suffix, number", [("checkpoint.pt", 2), (".png", 1), ("metrics.json", 1)])
 def test_killed_while_it_writes(script, suffix, number, monkeypatch):
     replace, seen = os.replace, []
 
@@ -150,9 +150,9 @@ def test_no_room(script, when, monkeypatch, capsys):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert stopped.value.code == 2 and "Make room" in the_line(capsys)
-    assert not temporary_names()
     left_whole(script, "full")
     assert run(script, "--out", "full", "--resume") == whole(script)
+    assert not temporary_names()
 
 
 UNREADABLE = Path("/proc/self/mem")  # opens well; reading it raises an input/output error
@@ -196,16 +196,6 @@ def test_two_runs_given_the_same_folder(script, capsys):
         run(script, "--out", "out")
     assert stopped.value.code == 2 and "Wait for the other run" in the_line(capsys)
     assert run(script, "--out", "out", "--resume") == whole(script)  # untouched, and free again
-
-
-@each_script
-def test_stopped_between_the_last_two_files(script, monkeypatch):
-    """The checkpoint is whole and metrics.json is missing: nothing is trained again."""
-    copy_whole(script, "cut")
-    path = folder_of(script, "cut") / "metrics.json"
-    path.unlink()
-    monkeypatch.setattr(EACH_STEP, "clip_grad_norm_", None)
-    assert run(script, "--out", "cut", "--resume") == whole(script) and path.exists()
 
 
 @each_script
@@ -268,10 +258,10 @@ def test_a_signal_ends_it_at_once(script, owner, function, when, number, monkeyp
         words = [*shlex.split(WORDS[script]), "--out", "cut"]
         patch.setattr(sys, "argv", [script.__file__, *words])
         script.main(words)
-    assert sent and stopped.value.code == 128 + number and not temporary_names()
+    assert sent and stopped.value.code == 128 + number
     [command] = re.findall("go on with: (.*)", capsys.readouterr().out)
     metrics = script.main(shlex.split(command)[2:])
-    assert metrics | {"seconds": 0} == whole(script) | {"seconds": 0}
+    assert metrics | {"seconds": 0} == whole(script) | {"seconds": 0} and not temporary_names()
 
 
 @each_script
@@ -331,7 +321,7 @@ def save_first_gradients(script, words, name):
     """The first step's gradients, in float32, without dropout or noise, in gradients-<name>.pt."""
 
     def keep(parameters, norm):
-        torch.save([p.grad for p in parameters], f"gradients-{name}.pt")
+        torch.save([p.grad for p in parameters if p.grad is not None], f"gradients-{name}.pt")
         raise SystemExit(0)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
