@@ -196,10 +196,8 @@ def read_vectors(path: str, words: set[str]) -> dict[str, np.ndarray]:
     with one_line(f"--vectors {path}", "Give a GloVe, fastText or word2vec text file, or none"):
         with open(path, encoding="utf-8", errors="replace") as file:
             rows = [line.rstrip().split(" ") for line in file if line.split(" ")[0] in words]
-        width = Counter(map(len, rows)).most_common(
-            1
-        )  # others: a first line `count F`, words with blanks
-        rows = [row for row in rows if len(row) == width[0][0]]
+        widths = Counter(map(len, rows)).most_common(1)  # not of a line `count F` or `a word v1 …`
+        rows = [row for row in rows if len(row) == widths[0][0]]
         found = {word: np.array(numbers, dtype=np.float32) for word, *numbers in rows}
         if not 0 < (spread := np.std(list(found.values()))) < math.inf:  # nor nan
             raise ValueError("none of the texts' words, or numbers all the same, or not finite")
@@ -521,6 +519,8 @@ def classify(models: list[TransformerClassifier], state: dict, texts: list[str])
 
 def predict(args: Namespace) -> dict:
     """Print the class of --predict's text, or of each line of the file of that name."""
+    if args.predict.endswith(".csv"):
+        fail(f"--predict {args.predict}: give one text a line; a csv goes into --data as test.csv")
     models, state = load_finished(args.out)
     lines = [args.predict]
     if os.path.isfile(args.predict):
@@ -685,6 +685,7 @@ def open_run(folder: Path, args: Namespace, hashes: dict[str, str]) -> Iterator[
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
             folder.mkdir()
+            print(f"kept      {previous}, the run that stood in {folder.name}")
         for stale in folder.glob(".*.tmp"):
             stale.unlink()
     git = shutil.which("git") and ["git", "-C", str(HERE), "rev-parse", "HEAD"]
@@ -779,9 +780,7 @@ def main(argv: list[str] | None = None) -> dict:
         if args.limit:
             print("next      the same without --limit: all rows, and a submission.csv to upload")
         else:
-            print(
-                "next      kaggle competitions submit COMPETITION -f submission.csv -m Transformer"
-            )
+            print("next      kaggle competitions submit COMPETITION -f submission.csv -m news")
         print(f'          or python {sys.argv[0]} --out {args.out} --predict "your text"')
     if RANK == 0:
         write_json(args.out / "metrics.json", metrics)

@@ -604,6 +604,7 @@ def open_run(folder: Path, args: Namespace, hashes: dict[str, str]) -> Iterator[
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
             folder.mkdir()
+            print(f"kept      {previous}, the run that stood in {folder.name}")
         for stale in folder.glob(".*.tmp"):
             stale.unlink()
     git = shutil.which("git") and ["git", "-C", str(HERE), "rev-parse", "HEAD"]

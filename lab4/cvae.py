@@ -545,6 +545,7 @@ def open_run(folder: Path, args: Namespace, hashes: dict[str, str]) -> Iterator[
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
             folder.mkdir()
+            print(f"kept      {previous}, the run that stood in {folder.name}")
         for stale in folder.glob(".*.tmp"):
             stale.unlink()
     git = shutil.which("git") and ["git", "-C", str(HERE), "rev-parse", "HEAD"]
@@ -611,6 +612,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.set_defaults(**WITH_HOLDOUT)
         args = parser.parse_args(argv)
     check_ranges(args, RANGES)
+    if (args.convert is not None) + bool(args.generate) + bool(args.interpolate) > 1:
+        fail("give only one of --convert, --generate and --interpolate")
     return args
 
 

@@ -356,6 +356,7 @@ BAD = [
     (None, None, ["--kl-max", "nan"], "--kl-max nan: give a number"),
     (None, None, ["--resume", "--hidden-dim", "8"], "trained with hidden_dim 16, not 8"),
     ("run/checkpoint.pt", "rubbish", ["--resume"], "File is not a zip file"),
+    (None, None, ["--convert", "go", "--generate", "3"], "give only one of --convert"),
 ]
 
 

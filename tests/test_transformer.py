@@ -320,7 +320,7 @@ def test_run_leaves_what_it_promises(here, capsys):
         and Path("runs/transformer.previous").is_dir()
     )
     assert without_seconds(run("--resume")) == without_seconds(metrics)  # finished: only printed
-    capsys.readouterr()
+    assert "kept      runs/transformer.previous" in capsys.readouterr().out
     first = t.main(["--predict", "The striker scored twice in the final"])
     Path("lines.txt").write_text("The striker scored twice in the final\n\n")
     lines = t.main(["--predict", "lines.txt"])
@@ -648,6 +648,11 @@ BAD = {
         lambda: None,
         ["--out", "data"],
         r"data: data is not the folder of a run",
+    ),
+    "a csv to predict": (
+        lambda: None,
+        ["--predict", "data/test.csv"],
+        r"test.csv: give one text a",
     ),
     "heads": (lambda: None, ["--heads", "3"], r"--heads 3 does not divide --dim 16"),
     "folds": (lambda: None, ["--folds", "1"], r"--folds 1: give a number from 2"),
