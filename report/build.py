@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -187,7 +188,8 @@ def read_runs(steps: list[Step]) -> dict:
     if ablation and ablation[0]["name"] != "as it is":
         ablation = []  # nothing to compare with
     missing = {step.key: shown(step) for step in steps if step.missing()}
-    return {"missing": missing, "ablation": ablation, "partial": partial_runs(steps)}
+    found = {"missing": missing, "ablation": ablation, "partial": partial_runs(steps)}
+    return found | {"unseen": unseen_accuracies()}
 
 
 def partial_runs(steps: list[Step]) -> dict[str, str]:
@@ -206,6 +208,13 @@ def partial_runs(steps: list[Step]) -> dict[str, str]:
         if reasons:
             found[step.key] = ", ".join(reasons)
     return found
+
+
+def unseen_accuracies() -> dict[str, str]:
+    """Word vectors -> accuracy on texts that no setting was compared on, from docs/results.md."""
+    table = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    row = r"^\| `python transformer.py --vectors ([\w.]+?)(?:\.txt)?`.*\| \*\*(.+)\*\* \|$"
+    return dict(re.findall(row, table, re.M))
 
 
 def typeset(runs: Path, about: dict, student_id: str) -> bytes:

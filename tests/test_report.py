@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -328,3 +329,9 @@ def test_measured_tables_go_between_their_marks(tmp_path):
     assert "| 50 | 2,000.50 | 2,000.5 | 3 | 2,000.50 | 2,000.5 | 3 |" in after
     assert after.partition("<!-- news -->")[0] == before.partition("<!-- news -->")[0]
     assert after.count("<!-- /") == before.count("<!-- /") == len(bench_all.TABLES)
+
+
+def test_unseen_accuracies_are_read_from_the_results():
+    found = build.unseen_accuracies()
+    assert set(found) == {"glove.6B.100d", "none"}
+    assert all(re.fullmatch(r"\.\d{4} ± \.\d{4}", text) for text in found.values())
