@@ -17,8 +17,8 @@ are trained to agree (R-Drop, Liang et al. 2021):
     python transformer.py --predict "your text"      with the trained model
 
 It leaves submission.csv where you stand, and figures, tables, metrics.json and the model in
-runs/transformer/. With GloVe 6B 100d and the 2,000 rows of the 2022 competition: .9000 ± .0067 out
-of fold, .8986 ± .0061 on 2,446 unseen texts (seed 0, two cores).
+runs/transformer/. With GloVe 6B 100d and the 2,000 rows of the 2022 competition: .9010 ± .0067 out
+of fold, .8970 ± .0061 on 2,446 unseen texts (seed 0, two cores).
 """
 
 import contextlib
