@@ -339,7 +339,7 @@ def test_run_leaves_what_it_promises(here, capsys):
     torch.save(state | {"version": "transformer 1"}, "runs/transformer/checkpoint.pt")
     with pytest.raises(SystemExit):
         t.main(["--predict", "a text"])
-    assert "not a checkpoint of transformer 5" in capsys.readouterr().err
+    assert "not a checkpoint of transformer 4" in capsys.readouterr().err
     assert without_seconds(run("--seed", "1")) != without_seconds(metrics)
 
 
@@ -384,12 +384,7 @@ def test_resume_refuses_a_vectors_file_that_has_changed(here, monkeypatch, capsy
     path, words = Path("data/glove.tiny.txt"), ["--epochs", "3"]
     path.write_text("the 1 2 3 4\nof 4 3 2 1\n")
     interrupted(monkeypatch, 1, *words)
-    rows = rows_of("data/train.csv") + rows_of("data/test.csv")  # the test texts last
-    words_of = [word for row in rows for text in row for word in t.TOKENIZE(text)]
-    stems = [t.stem(word) for word in words_of]
-    pairs = zip(words_of[::-1], stems[::-1], strict=True)
-    once = next(word for word, stem in pairs if stems.count(stem) == 1 and word.isalpha())
-    path.write_text(f"the 1 2 3 4\nof 4 3 2 1\n{once} 2 2 1 1\n")
+    path.write_text("the 1 2 3 4\nof 4 3 2 1\nin 2 2 1 1\n")
     with pytest.raises(SystemExit):
         run("--resume", *words)
     assert "trained with other word vectors" in capsys.readouterr().err
