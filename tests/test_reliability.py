@@ -184,7 +184,7 @@ def test_faces_that_cannot_be_read_half_way(capsys):
     for number in (1, 2, 3):
         Path("faces", f"{number}.jpg").symlink_to(UNREADABLE)
     assert len(vae_anime.load_images(Path("faces"))[0]) == 1
-    assert "3 images cannot be read, such as '1.jpg'" in capsys.readouterr().out
+    assert "3 images cannot be read, such as 'faces/1.jpg'" in capsys.readouterr().out
 
 
 @each_script
