@@ -81,6 +81,7 @@ TEMPERATURE = 0.9  # of draws
 TERMS = ("reconstruction", "kl", "loss")  # of training: loss = reconstruction + λ KL
 ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2016)
 IWAE_IMAGES = 100  # that its bound is taken of
+MAX_BYTES, MAX_PIXELS = 2**25, 2**24  # of one image file, and of the image in it
 
 
 # data: files -> uint8 images -> batches of pixels in [0, 1] ---------------------------------------
@@ -102,8 +103,8 @@ def load_images(path: Path) -> tuple[np.ndarray, str]:
         names = [n for n in map(str, files) if n.lower().endswith((".png", ".jpg", ".jpeg"))]
         for name in sorted(names):
             with contextlib.suppress(Exception), opened(name) as file:  # Pillow raises anything
-                image = Image.open(file, formats=("PNG", "JPEG"))
-                if not image.mode.startswith("I"):  # 16 bits would be cut to 8
+                image = Image.open(io.BytesIO(file.read(MAX_BYTES)), formats=("PNG", "JPEG"))
+                if image.width * image.height <= MAX_PIXELS and image.mode[0] != "I":  # I: 16 bits
                     pixels = image.convert("RGB").resize(SHAPE[:0:-1], Image.Resampling.BOX)
                     images[name] = np.asarray(pixels).transpose(2, 0, 1)
         if not images:
@@ -162,7 +163,7 @@ def gaussian(mu: Tensor, logvar: Tensor) -> D.Independent:
 
 
 class Prior(nn.Module):
-    """p(z): N(0, I) in training, then `fit_prior` makes it a mixture of K Gaussians, (K, k)."""
+    """p(z): N(0, I) in training; `fit_prior` makes it K Gaussians with full covariance."""
 
     def __init__(self, latent_dim: int, count: int):
         super().__init__()
@@ -489,14 +490,13 @@ def plot_posterior(folder: Path, test: Tensor, each: dict, args: Namespace) -> N
 
 
 def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> None:
-    """By epoch: training as it trains (changed images; of faces with one σ), and validation."""
+    """By epoch, but for the first 5%: training (changed images; faces with one σ), validation."""
     titles = "-log p(x|codes)", "KL", f"loss, λ = {kl_weight:g}"
     with panels(path, len(TERMS)) as axes:
         for panel, term, title in zip(axes, TERMS, titles, strict=True):
             names = {f"train_{term}": "as it trains", f"validation_{term}": "validation"}
-            curves = history.set_index("epoch")[[*names]].rename(columns=names)
-            curves = curves[len(curves) // 20 :]  # the first epochs would flatten the others
-            curves.plot(ax=panel, style=".-", title=title, ylabel="nats per image")
+            lines = history[len(history) // 20 :].set_index("epoch")[[*names]].rename(columns=names)
+            lines.plot(ax=panel, style=".-", title=title, ylabel="nats per image")
 
 
 def plot_sweep(out: Path, metrics: dict[str, dict]) -> None:
@@ -748,7 +748,6 @@ def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
             plot_learning_curve(folder / "learning-curve.png", history, args.kl_weight)
             plot_images(folder, model, test, each, args)
             plot_posterior(folder, test, each, args)
-            write_json(folder / "metrics.json", metrics)
         save(state | {"model": model.state_dict(), "metrics": metrics})
     return metrics
 
@@ -769,6 +768,8 @@ def train_all(args: Namespace) -> dict:
             metrics[name] = run(args, images, sha256, bar)
             told = "{bits_per_dim:.3f} bits/dim, {psnr_db:.1f} dB".format(**metrics[name])
             bar.write(f"λ = {name:6}-ELBO {metrics[name]['neg_elbo']['test']:.2f} nats, {told}")
+            if RANK == 0:  # of a run that had been finished before, too
+                write_json(args.out / f"lambda-{name}" / "metrics.json", metrics[name])
     print(f"wrote     {args.out}/lambda-{', '.join(metrics)}")
     out = shlex.quote(str(args.out))
     print(f"next      python {sys.argv[0]} --sample 100 --out {out} --lambda {name}")

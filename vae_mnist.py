@@ -181,7 +181,7 @@ def gaussian(mu: Tensor, logvar: Tensor) -> D.Independent:
 
 
 class Prior(nn.Module):
-    """p(z): N(0, I) in training, then `fit_prior` makes it a mixture of K Gaussians, (K, k)."""
+    """p(z): N(0, I) in training; `fit_prior` makes it K Gaussians with full covariance."""
 
     def __init__(self, latent_dim: int, count: int):
         super().__init__()
@@ -455,14 +455,13 @@ def plot_posterior(folder: Path, test: Tensor, each: dict, args: Namespace) -> N
 
 
 def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> None:
-    """By epoch: training as it trains (changed images; of faces with one σ), and validation."""
+    """By epoch, but for the first 5%: training (changed images; faces with one σ), validation."""
     titles = "-log p(x|codes)", "KL", f"loss, λ = {kl_weight:g}"
     with panels(path, len(TERMS)) as axes:
         for panel, term, title in zip(axes, TERMS, titles, strict=True):
             names = {f"train_{term}": "as it trains", f"validation_{term}": "validation"}
-            curves = history.set_index("epoch")[[*names]].rename(columns=names)
-            curves = curves[len(curves) // 20 :]  # the first epochs would flatten the others
-            curves.plot(ax=panel, style=".-", title=title, ylabel="nats per image")
+            lines = history[len(history) // 20 :].set_index("epoch")[[*names]].rename(columns=names)
+            lines.plot(ax=panel, style=".-", title=title, ylabel="nats per image")
 
 
 def plot_sweep(out: Path, metrics: dict[str, dict]) -> None:
@@ -714,7 +713,6 @@ def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
             plot_learning_curve(folder / "learning-curve.png", history, args.kl_weight)
             plot_images(folder, model, test, each, args)
             plot_posterior(folder, test, each, args)
-            write_json(folder / "metrics.json", metrics)
         save(state | {"model": model.state_dict(), "metrics": metrics})
     return metrics
 
@@ -735,6 +733,8 @@ def train_all(args: Namespace) -> dict:
             metrics[name] = run(args, images, sha256, bar)
             told = "{bits_per_dim:.3f} bits/dim, {psnr_db:.1f} dB".format(**metrics[name])
             bar.write(f"λ = {name:6}-ELBO {metrics[name]['neg_elbo']['test']:.2f} nats, {told}")
+            if RANK == 0:  # of a run that had been finished before, too
+                write_json(args.out / f"lambda-{name}" / "metrics.json", metrics[name])
     print(f"wrote     {args.out}/lambda-{', '.join(metrics)}")
     out = shlex.quote(str(args.out))
     print(f"next      python {sys.argv[0]} --sample 100 --out {out} --lambda {name}")

@@ -199,6 +199,16 @@ def test_two_runs_given_the_same_folder(script, capsys):
 
 
 @each_script
+def test_stopped_between_the_last_two_files(script, monkeypatch):
+    """The checkpoint is whole and metrics.json is missing: nothing is trained again."""
+    copy_whole(script, "cut")
+    path = folder_of(script, "cut") / "metrics.json"
+    path.unlink()
+    monkeypatch.setattr(EACH_STEP, "clip_grad_norm_", None)
+    assert run(script, "--out", "cut", "--resume") == whole(script) and path.exists()
+
+
+@each_script
 def test_a_finished_run_is_kept_until_another_has_begun(script, monkeypatch):
     copy_whole(script, "out")
     kept = folder_of(script, "out").with_name(folder_of(script, "out").name + ".previous")

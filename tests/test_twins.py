@@ -16,7 +16,7 @@ CONSTANTS = {
     *("(SCRIPT, VERSION)", "DATA", "SOURCE", "SHAPE", "LEVELS", "LATENT_DIM", "EPOCHS", "EPSILON"),
     *("WIDTH", "(WIDTH, DETAIL)", "LADDER", "SMOOTH_SIGMA", "PRIOR_GAUSSIANS", "LEARNING_RATE"),
     *("MAX_NORM", "(ROTATE, SCALE, SHEAR, SHIFT)", "(REFINE, REFINE_RATE)", "TEMPERATURE"),
-    "MAX_BYTES",
+    *("MAX_BYTES", "(MAX_BYTES, MAX_PIXELS)"),
 }
 SHARED = {
     *("fail", "one_line", "check_ranges", "exit_on_signals", "seed_all", "pick_device", "autocast"),

@@ -568,14 +568,15 @@ def test_faces_of_other_kinds_are_converted_skipped_and_counted(here, capsys):
         ("a/deep.png", png(Image.fromarray(np.full((64, 64), 300, np.uint16)))),
         ("a/broken.png", b"\x89PNG not"),
         ("a/photograph.png", png(Image.new("RGB", (4000, 3000)))),
-        ("a/huge.png", huge_png()),
+        ("a/huge.png", png(Image.new("RGB", (6000, 6000)))),
+        ("a/huger.png", huge_png()),
         ("../../escape.png", png(colour)),
         ("a/notes.txt", "hello"),
     ]
     write_zip("mixed.zip", faces(20), extra=extra)
     images = vae_anime.load_images(Path("mixed.zip"))[0]
     out = capsys.readouterr().out
-    assert len(images) == 26 and "3 images cannot be read, such as 'a/broken.png'" in out
+    assert len(images) == 26 and "4 images cannot be read, such as 'a/broken.png'" in out
     assert (
         not list(here.parent.rglob("escape.png")) and (images[:, 0] == 200).all((1, 2)).sum() == 4
     )
