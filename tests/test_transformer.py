@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from sklearn.naive_bayes import ComplementNB
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -69,6 +70,7 @@ def small_model(layers=1, words=50):
     settings = argparse.Namespace(dim=16, heads=2, layers=layers, dropout=0.3)
     model = t.TransformerClassifier(torch.randn(words, 8), VOCABULARY, 3, settings)
     model.evidence[1:].normal_()
+    model.vote_weight.data.fill_(0.5)
     return model.eval()
 
 
@@ -231,17 +233,33 @@ def test_class_evidence_leaves_the_text_itself_out():
     torch.testing.assert_close(tables[part[5]], without[0])
 
 
-def test_evidence_equals_counts():
+def test_evidence_is_complement_naive_bayes():
+    """Summed over a text it is scikit-learn's ComplementNB, less what all classes share."""
     torch.manual_seed(0)
-    texts, labels = random_texts(60), torch.arange(60) % 3
+    texts, labels, present = random_texts(60), torch.randint(3, (60,)), np.zeros((60, 20))
     tables, _ = t.class_evidence(texts, labels, 20, 3)
-    counts = torch.zeros(20, 3)
-    for text, label in zip(texts, labels, strict=True):
-        counts[text[:, 2].unique(), label] += 1
-    log_p = ((counts + 0.5) / (counts + 0.5).sum(0)).log()
-    expected = log_p - log_p.mean(1, keepdim=True)
-    torch.testing.assert_close(tables[0, 1:], expected[1:], atol=1e-5, rtol=1e-4)
+    for row, text in zip(present, texts, strict=True):
+        row[text[:, 2].unique()] = 1
+    reference = ComplementNB(alpha=0.5).fit(present, labels)
+    expected = torch.tensor(2 * present @ reference.feature_log_prob_.T).float()
+    expected -= expected.mean(1, keepdim=True)
+    found = torch.stack([tables[0, text[:, 2].unique()].sum(0) for text in texts])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert not tables[:, 0].any()
+
+
+def test_a_name_never_met_says_nothing():
+    texts = [torch.tensor([[2, 1, 1 + (row < 8)]]) for row in range(10)]
+    tables, _ = t.class_evidence(texts, torch.tensor([0] * 8 + [1] * 2), 4, 2)
+    assert not tables[:, 3].any() and tables[0, 1, 1] > 0 > tables[0, 2, 1]
+
+
+def test_words_vote_by_their_evidence():
+    model, tokens = small_model(), random_tokens(4, 9)
+    logits, _ = model(tokens)
+    model.vote_weight.data.zero_()
+    votes = 0.5 * model.evidence[tokens[..., 2]].sum(1)
+    torch.testing.assert_close(logits - model(tokens)[0], votes)
 
 
 def test_length_batches_hold_each_row_once():
@@ -339,7 +357,7 @@ def test_run_leaves_what_it_promises(here, capsys):
     torch.save(state | {"version": "transformer 1"}, "runs/transformer/checkpoint.pt")
     with pytest.raises(SystemExit):
         t.main(["--predict", "a text"])
-    assert "not a checkpoint of transformer 4" in capsys.readouterr().err
+    assert "not a checkpoint of transformer 5" in capsys.readouterr().err
     assert without_seconds(run("--seed", "1")) != without_seconds(metrics)
 
 
