@@ -17,8 +17,8 @@ are trained to agree (R-Drop, Liang et al. 2021):
     python transformer.py --predict "your text"      with the trained model
 
 It leaves submission.csv where you stand, and figures, tables, metrics.json and the model in
-runs/transformer/. With GloVe 6B 100d and the 2,000 rows of the 2022 competition: .9000 ± .0067 out
-of fold, .8986 ± .0061 on 2,446 unseen texts (seed 0, two cores).
+runs/transformer/. With GloVe 6B 100d and the 2,000 rows of the 2022 competition: .9040 ± .0066 out
+of fold, .8941 ± .0062 on 2,446 unseen texts (seed 0, two cores).
 """
 
 import contextlib
@@ -99,7 +99,7 @@ def find_data(given: Path | None) -> Path:
 
 def read_table(path: Path) -> tuple[pd.DataFrame, str]:
     """A csv file as strings, and its sha256. One that begins with a number has no header."""
-    with one_line(path, f"{SOURCE}, or name a folder with --data"):
+    with one_line(path, f"--data names a folder of a train.csv and a test.csv. {SOURCE}"):
         content, options = path.read_bytes(), {"dtype": str, "keep_default_na": False}
         file = io.StringIO(content.decode("utf-8-sig"), newline="")
         table = pd.read_csv(file, header=None, engine="python", skip_blank_lines=False, **options)

@@ -122,7 +122,7 @@ def run_transformer(words: list[str], unseen: np.ndarray) -> tuple[float, float]
 
 
 def accuracy(args: argparse.Namespace, news: t.News, inputs: tuple, unseen: np.ndarray) -> None:
-    """One line a model; `no vectors` means no text but the competition's own."""
+    """One line a model; with `--vectors none` no text but the competition's own is used."""
     count, labels = len(news.labels), news.labels.numpy()
     lower = np.array([" ".join(t.TOKENIZE(text)) for text in news.texts])
     texts = np.array([text.replace("\t", " ") for text in news.texts])
@@ -134,7 +134,7 @@ def accuracy(args: argparse.Namespace, news: t.News, inputs: tuple, unseen: np.n
     def report(name: str, *shares: float) -> None:
         counts = (count, len(test))[: 2 if args.unseen else 1]
         cells = [
-            f"{p:.4f} ± {math.sqrt(p * (1 - p) / n):.4f}"
+            f"{p:.4f} ± {math.sqrt(p * (1 - p) / n):.4f}".replace("0.", ".")
             for p, n in zip(shares, counts, strict=False)
         ]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
@@ -162,7 +162,9 @@ def accuracy(args: argparse.Namespace, news: t.News, inputs: tuple, unseen: np.n
         "TF-IDF + LogisticRegression": linear(LogisticRegression(max_iter=2000)),
         "TF-IDF + LinearSVC": linear(LinearSVC()),
         "TF-IDF + ComplementNB": linear(ComplementNB()),
-        "MultinomialNB on stems, a title's apart": linear(MultinomialNB(alpha=0.5), marked, names),
+        "MultinomialNB on stems, a title's apart from a description's": linear(
+            MultinomialNB(alpha=0.5), marked, names
+        ),
         "fastText, bigrams": lambda train, held_out: fasttext_predictions(
             lower[train], labels[train], lower[held_out]
         ),
@@ -184,14 +186,15 @@ def accuracy(args: argparse.Namespace, news: t.News, inputs: tuple, unseen: np.n
         report(name, float(np.concatenate(hits).mean()), float(unseen_hits.mean()))
 
     common = ["--data", str(args.data), "--device", "cpu"]
-    ours = {"no vectors": "none", "GloVe": args.vectors}
-    for name, vectors in ours.items():
+    for vectors in ("none", args.vectors):
         for seed in range(args.runs):
             words = [*common, "--vectors", vectors, "--seed", str(seed)]
-            report(f"transformer.py, {name}, --seed {seed}", *run_transformer(words, unseen))
+            name = f"`python transformer.py --vectors {Path(vectors).name}`"
+            name += f" `--seed {seed}`" if args.runs > 1 else ""
+            report(name, *run_transformer(words, unseen))
     for flags in (["--r-drop", "0"], ["--layers", "2"]) if args.more else ():
         shares = run_transformer([*common, "--vectors", args.vectors, *flags], unseen)
-        report(f"transformer.py, GloVe, {' '.join(flags)}", *shares)
+        report(f"`python transformer.py {' '.join(flags)}`, GloVe", *shares)
 
 
 def speed(args: argparse.Namespace, news: t.News, inputs: tuple, unseen: np.ndarray) -> None:
