@@ -13,9 +13,8 @@ From a code z the decoder paints a smooth image, and p(detail|z), a ladder of co
     loss      = reconstruction + λ KL, in nats per image; λ = 1 is the bound
 
 (Kingma and Welling 2014, eq. 3; ladders: Sønderby et al. 2016, Child 2021.) z learns from λ KL and
-a likelihood of its smooth image alone. Training has one learned σ for all pixels (Rybkin et al.
-2021) and p(z) = N(0, I). Then each frequency gets its own, the root of its mean squared error, and
-p(z) becomes a mixture of 16 Gaussians, fitted to the codes by EM, unless --prior normal keeps it.
+a likelihood of its smooth image alone. Training has one learned σ (Rybkin et al. 2021), p(z) is
+N(0, I). Then each frequency gets its own σ, and p(z) 16 Gaussians, fitted by EM to the codes.
 
     python vae_anime.py                      data/anime-faces.zip, else the bundled sample
     python vae_anime.py --lambda 0 1 50 100  one model a λ, side by side
@@ -333,8 +332,8 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
         parts[name].load_state_dict(state.pop(name))
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     bar.update(first * per_epoch)
+    model.train()
     for epoch in range(first, args.epochs):
-        model.train()
         order = torch.randperm(len(images["train"]), generator=seed_all(args.seed, epoch))
         sums = torch.zeros(len(TERMS), device=device)  # over this process's slices
         for step, batch in enumerate(order.split(args.batch_size)[:per_epoch], epoch * per_epoch):
@@ -353,13 +352,14 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
             optimizer.step()
             sums += torch.stack([reconstruction, kl, loss]).detach()
             bar.update()
-        held_out, _ = evaluate(model.eval(), images["validation"], args)
+        held_out, _ = evaluate(model, images["validation"], args)
         if not math.isfinite(held_out["neg_elbo"]):
             fail(f"no finite loss after epoch {epoch + 1}. Lower --lr")
         means = zip(TERMS, (sums / per_epoch).tolist(), strict=True)
         row = {"epoch": epoch + 1} | {f"train_{term}": mean for term, mean in means}
         state["history"].append(row | {f"validation_{term}": held_out[term] for term in TERMS})
         save(state | {name: part.state_dict() for name, part in parts.items()})
+    model.eval()
 
 
 @torch.no_grad()
@@ -490,7 +490,7 @@ def plot_posterior(folder: Path, test: Tensor, each: dict, args: Namespace) -> N
 
 
 def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> None:
-    """By epoch, but for the first 5%: training (changed images; faces with one σ), validation."""
+    """By epoch, but for the first 5%: of training images, changed as they are, and validation."""
     titles = "-log p(x|codes)", "KL", f"loss, λ = {kl_weight:g}"
     with panels(path, len(TERMS)) as axes:
         for panel, term, title in zip(axes, TERMS, titles, strict=True):

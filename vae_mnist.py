@@ -298,8 +298,8 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
         parts[name].load_state_dict(state.pop(name))
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     bar.update(first * per_epoch)
+    model.train()
     for epoch in range(first, args.epochs):
-        model.train()
         order = torch.randperm(len(images["train"]), generator=seed_all(args.seed, epoch))
         sums = torch.zeros(len(TERMS), device=device)  # over this process's slices
         for step, batch in enumerate(order.split(args.batch_size)[:per_epoch], epoch * per_epoch):
@@ -318,13 +318,14 @@ def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable
             optimizer.step()
             sums += torch.stack([reconstruction, kl, loss]).detach()
             bar.update()
-        held_out, _ = evaluate(model.eval(), images["validation"], args)
+        held_out, _ = evaluate(model, images["validation"], args)
         if not math.isfinite(held_out["neg_elbo"]):
             fail(f"no finite loss after epoch {epoch + 1}. Lower --lr")
         means = zip(TERMS, (sums / per_epoch).tolist(), strict=True)
         row = {"epoch": epoch + 1} | {f"train_{term}": mean for term, mean in means}
         state["history"].append(row | {f"validation_{term}": held_out[term] for term in TERMS})
         save(state | {name: part.state_dict() for name, part in parts.items()})
+    model.eval()
 
 
 @torch.no_grad()
@@ -455,7 +456,7 @@ def plot_posterior(folder: Path, test: Tensor, each: dict, args: Namespace) -> N
 
 
 def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> None:
-    """By epoch, but for the first 5%: training (changed images; faces with one σ), validation."""
+    """By epoch, but for the first 5%: of training images, changed as they are, and validation."""
     titles = "-log p(x|codes)", "KL", f"loss, λ = {kl_weight:g}"
     with panels(path, len(TERMS)) as axes:
         for panel, term, title in zip(axes, TERMS, titles, strict=True):
