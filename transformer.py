@@ -6,9 +6,9 @@
 # ///
 """Classify news texts with a Transformer encoder trained from scratch.
 
-Each text x becomes vectors, one pre-norm encoder layer mixes them (Vaswani et al. 2017), and their
-mean over title and description gives the logits of p(y|x). Two dropout passes p1, p2 over a batch
-are trained to agree (R-Drop, Liang et al. 2021):
+Each text x becomes vectors, and one pre-norm encoder layer mixes them (Vaswani et al. 2017). Their
+mean over title and description, and a vote of the words, give the logits of p(y|x). Two dropout
+passes p1, p2 over a batch are trained to agree (R-Drop, Liang et al. 2021):
 
     loss = 1/2 (CE(p1, y) + CE(p2, y)) + r_drop * 1/2 (KL(p1 || p2) + KL(p2 || p1))  nats per text
 
@@ -257,21 +257,21 @@ def length_batches(texts: list[Tensor], size: int, generator: Generator) -> list
 def class_evidence(texts: list[Tensor], labels: Tensor, names: int, classes: int) -> tuple:
     """-(C - 1) log p(name | other classes) less its mean over classes: (1 + PARTS, names, C).
 
-    (Complement naive Bayes, Rennie et al. 2003, section 3.1, add-half smoothed: C - 1 classes are
-    counted more reliably than one.) In the counts of all texts a training text would find its own
-    label beside its rare words. So the texts are dealt into PARTS: table 0 is for texts to come,
-    table p leaves part p out. Returns each text's part too.
+    (Complement naive Bayes, Rennie et al. 2003, section 3.1: what is rare in the other classes
+    speaks for this one, and C - 1 classes are counted more reliably than one. Smoothed by a sixth
+    in each.) In the counts of all texts a training text would find its own label beside its rare
+    words. So they are dealt into PARTS: table 0 is for texts to come, table p leaves part p out.
     """
     part = 1 + torch.randperm(len(texts)) % PARTS
     counts = torch.zeros(1 + PARTS, names, classes)  # of the texts that have the name
     for text, p, label in zip(texts, part, labels, strict=True):
         counts[p, text[:, 2].unique(), label] += 1
     counts = counts.sum(0) - counts
-    tables = counts.sum(-1, keepdim=True) - counts + 0.5  # of the other classes
+    tables = counts.sum(-1, keepdim=True) - counts + (classes - 1) / 6  # of the other classes
     tables = -(classes - 1) * (tables / tables.sum(1, keepdim=True)).log()
     tables -= tables.mean(-1, keepdim=True)
-    tables *= counts.sum(-1, keepdim=True) > 0  # a name never met says nothing, whatever the
-    tables[:, 0] = 0.0  # classes' sizes; nor does padding
+    tables *= counts.sum(-1, keepdim=True) > 0  # a name never met says nothing
+    tables[:, 0] = 0.0  # nor does padding
     return tables, part
 
 
@@ -320,10 +320,9 @@ class EncoderLayer(nn.Module):
 class TransformerClassifier(nn.Module):
     """Word vectors and class evidence -> encoder -> mean over tokens, column by column -> logits.
 
-    The tokens' evidence is also added to the logits, a naive Bayes vote of learned weight.
-
-    The vectors `features` (V, F) are fixed, for 2,000 texts are too few to move 13,000 words to
-    better places, and the run's; `evidence` (G, C) is of the model's own training texts.
+    Each token's evidence is also added to the logits, a naive Bayes vote of one learned weight.
+    The vectors `features` (V, F) are fixed: 2,000 texts are too few to move 13,000 words to better
+    places. `evidence` (G, C) is counted in the model's own training texts.
     """
 
     def __init__(self, features: Tensor, vocabulary: Vocabulary, classes: int, settings: Namespace):

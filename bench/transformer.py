@@ -189,8 +189,8 @@ def accuracy(args: argparse.Namespace, news: t.News, inputs: tuple, unseen: np.n
     for vectors in ("none", args.vectors):
         for seed in range(args.runs):
             words = [*common, "--vectors", vectors, "--seed", str(seed)]
-            name = f"`python transformer.py --vectors {Path(vectors).name}`"
-            name += f" `--seed {seed}`" if args.runs > 1 else ""
+            of_seed = f" --seed {seed}" if args.runs > 1 else ""
+            name = f"`python transformer.py --vectors {Path(vectors).name}{of_seed}`"
             report(name, *run_transformer(words, unseen))
     for flags in (["--r-drop", "0"], ["--layers", "2"]) if args.more else ():
         shares = run_transformer([*common, "--vectors", args.vectors, *flags], unseen)

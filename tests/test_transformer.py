@@ -240,7 +240,7 @@ def test_evidence_is_complement_naive_bayes():
     tables, _ = t.class_evidence(texts, labels, 20, 3)
     for row, text in zip(present, texts, strict=True):
         row[text[:, 2].unique()] = 1
-    reference = ComplementNB(alpha=0.5).fit(present, labels)
+    reference = ComplementNB(alpha=2 / 6).fit(present, labels)
     expected = torch.tensor(2 * present @ reference.feature_log_prob_.T).float()
     expected -= expected.mean(1, keepdim=True)
     found = torch.stack([tables[0, text[:, 2].unique()].sum(0) for text in texts])
