@@ -299,7 +299,7 @@ def plot_aggregate(path: Path, mean: torch.Tensor, eigenvalues: torch.Tensor, co
     low, high = max(1e-3, 1 - reach) ** 2, (1 + reach) ** 2
     label = f"eigenvalues of {count} prior draws"
     panel.axhspan(low, high, color="tab:red", alpha=0.15, linewidth=0, label=label)
-    panel.set_xlabel("dimension of u, sorted")
+    panel.set_xlabel("dimension of z, sorted")
     panel.set_ylabel("aggregate posterior")
     panel.legend(fontsize=7, loc="lower left")
     t.write_file(path, partial(figure.savefig, format="png"))
