@@ -1,7 +1,7 @@
 """Make report.pdf and hw2_<student id>.zip, what the homework asks to hand in, from finished runs.
 
     python report/build.py --student-id 0123456          from what stands in runs/
-    python report/build.py --student-id 0123456 --run    run what is missing first (an hour)
+    python report/build.py --student-id 0123456 --run    run what is missing first (1-2 hours)
     python report/build.py --student-id 0123456 --quick  all on the bundled sample, in ten minutes
 
 report.typ reads its numbers and pictures from the runs by itself; a section whose run is missing
