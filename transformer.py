@@ -260,7 +260,8 @@ def class_evidence(texts: list[Tensor], labels: Tensor, names: int, classes: int
     (Complement naive Bayes, Rennie et al. 2003, section 3.1: what is rare in the other classes
     speaks for this one, and C - 1 classes are counted more reliably than one. Smoothed by a sixth
     in each.) In the counts of all texts a training text would find its own label beside its rare
-    words. So they are dealt into PARTS: table 0 is for texts to come, table p leaves part p out.
+    words. So the texts are dealt into PARTS: table 0 is for texts to come, table p leaves part p
+    out. Returns each text's part too.
     """
     part = 1 + torch.randperm(len(texts)) % PARTS
     counts = torch.zeros(1 + PARTS, names, classes)  # of the texts that have the name

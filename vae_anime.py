@@ -13,8 +13,8 @@ From a code z the decoder paints a smooth image, and p(detail|z), a ladder of co
     loss      = reconstruction + λ KL, in nats per image; λ = 1 is the bound
 
 (Kingma and Welling 2014, eq. 3; ladders: Sønderby et al. 2016, Child 2021.) z learns from λ KL and
-a likelihood of its smooth image alone. Training has one learned σ (Rybkin et al. 2021), p(z) is
-N(0, I). Then each frequency gets its own σ, and p(z) 16 Gaussians, fitted by EM to the codes.
+a likelihood of its smooth image alone. Training has one learned σ (Rybkin et al. 2021) and N(0, I)
+as p(z); then each frequency gets a σ of its own, and p(z) 16 Gaussians, fitted to the codes by EM.
 
     python vae_anime.py                      data/anime-faces.zip, else the bundled sample
     python vae_anime.py --lambda 0 1 50 100  one model a λ, side by side
@@ -490,7 +490,7 @@ def plot_posterior(folder: Path, test: Tensor, each: dict, args: Namespace) -> N
 
 
 def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> None:
-    """By epoch, but for the first 5%: of training images, changed as they are, and validation."""
+    """By epoch, the first 5% left out: training (on images that augment changed), validation."""
     titles = "-log p(x|codes)", "KL", f"loss, λ = {kl_weight:g}"
     with panels(path, len(TERMS)) as axes:
         for panel, term, title in zip(axes, TERMS, titles, strict=True):

@@ -456,7 +456,7 @@ def plot_posterior(folder: Path, test: Tensor, each: dict, args: Namespace) -> N
 
 
 def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> None:
-    """By epoch, but for the first 5%: of training images, changed as they are, and validation."""
+    """By epoch, the first 5% left out: training (on images that augment changed), validation."""
     titles = "-log p(x|codes)", "KL", f"loss, λ = {kl_weight:g}"
     with panels(path, len(TERMS)) as axes:
         for panel, term, title in zip(axes, TERMS, titles, strict=True):

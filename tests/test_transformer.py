@@ -250,8 +250,9 @@ def test_evidence_is_complement_naive_bayes():
 
 def test_a_name_never_met_says_nothing():
     texts = [torch.tensor([[2, 1, 1 + (row < 8)]]) for row in range(10)]
-    tables, _ = t.class_evidence(texts, torch.tensor([0] * 8 + [1] * 2), 4, 2)
-    assert not tables[:, 3].any() and tables[0, 1, 1] > 0 > tables[0, 2, 1]
+    texts.append(torch.tensor([[t.UNK, 1, 0]]))  # no words; a dropped one reads 0 as well
+    tables, _ = t.class_evidence(texts, torch.tensor([0] * 8 + [1] * 3), 4, 2)
+    assert not tables[:, [0, 3]].any() and tables[0, 1, 1] > 0 > tables[0, 2, 1]
 
 
 def test_words_vote_by_their_evidence():
