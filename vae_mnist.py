@@ -45,7 +45,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: threads that spin slow others
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read by torch: waiting longer awake slows others
 
 import numpy as np
 import pandas as pd
@@ -655,17 +655,17 @@ def use_finished(args: Namespace) -> dict:
     if args.sample:
         name, metrics = "samples", {"samples": args.sample, "temperature": args.temperature}
         arrays = {"image": draw_samples(model, args.sample, args)}
-        picture = Image.fromarray(tile(arrays["image"], math.ceil(math.sqrt(args.sample))))
-        write_file(folder / f"samples-{args.sample}.png", partial(picture.save, format="png"))
-        print(f"wrote     {folder}/samples-{args.sample}.png")
     else:
         name, images = "reconstructions", torch.from_numpy(load_images(args.evaluate)[0])
         metrics, each = score(model, images, args)
         metrics |= {"images": len(images), "seconds": time.monotonic() - began}
         arrays = {"image": images, "reconstruction": each["again"]}
+    x = torch.cat([*arrays.values()], -1)[: args.sample or 100]  # (N, C, H, W or 2 W)
+    picture = Image.fromarray(tile(x, math.ceil(len(x) ** 0.5)).repeat(2, 0).repeat(2, 1))
+    write_file(folder / f"{name}-{len(x)}.png", partial(picture.save, format="png"))
     arrays = {name: x.permute(0, 2, 3, 1).squeeze(-1).numpy() for name, x in arrays.items()}
     write_file(folder / f"{name}.npz", partial(np.savez_compressed, **arrays))
-    print(f"wrote     {folder / name}.npz")
+    print(f"wrote     {folder / name}.npz, {name}-{len(x)}.png")
     print(json.dumps(metrics))
     return metrics
 

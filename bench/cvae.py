@@ -3,7 +3,7 @@
     python bench/cvae.py scores --data data     five seeds of the default run and of --holdout 100
     python bench/cvae.py speed  --data data     words a second, both sides in turn
 
-Each prints a table for the README.
+Each prints a table of docs/results.md.
 """
 
 import argparse
@@ -78,36 +78,28 @@ def speed(options: argparse.Namespace) -> None:
 
 def scores(options: argparse.Namespace) -> None:
     """Mean and standard deviation over seeds, of the default run and of --holdout."""
-    keys = ["bleu4", "gaussian_score", "gaussian_score_10000", "distinct_valid_per_100"]
-    keys += ["heldout_exact", "heldout_bleu4", "seconds"]
-    print(f"| run | {' | '.join(keys)} |\n|{' --- |' * (len(keys) + 1)}")
-    for name, flags in {
-        "default": [],
-        f"--holdout {options.holdout}": ["--holdout", str(options.holdout)],
-    }.items():
-        found: dict[str, list[float]] = {}
+    keys = {"BLEU-4, ten test pairs": "bleu4", "Gaussian score, 10,000 draws": "gaussian_score_10000"}
+    keys |= {"different lines in 100 draws": "distinct_valid_per_100"}
+    keys |= {"held-out verbs: exact": "heldout_exact", "BLEU-4": "heldout_bleu4"}
+    keys |= {"seconds": "seconds"}
+    print(f"| command, {options.seeds} seeds | {' | '.join(keys)} |\n|{' --- |' * (len(keys) + 1)}")
+    for flags in ([], ["--holdout", str(options.holdout)]):
+        found: dict[str, list[float]] = {name: [] for name in keys}
         for seed in range(options.seeds):
-            out = options.out / f"{name.strip('-').replace(' ', '-')}-{seed}"
+            out = options.out / f"{''.join(flags).strip('-') or 'default'}-{seed}"
             if not (out / "metrics.json").exists():
-                command = [
-                    sys.executable,
-                    str(SCRIPT),
-                    "--data",
-                    str(options.data),
-                    "--seed",
-                    str(seed),
-                    "--out",
-                    str(out),
-                ]
-                subprocess.run([*command, *flags], check=True, stdout=subprocess.DEVNULL)
+                command = [sys.executable, str(SCRIPT), "--data", str(options.data), *flags]
+                command += ["--seed", str(seed), "--out", str(out), "--resume"]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             metrics = json.loads((out / "metrics.json").read_text())
-            for key in keys:
-                found.setdefault(key, []).append(metrics[key])
+            for name, key in keys.items():
+                found[name].append(metrics[key])
         cells = [
-            "-" if None in v else f"{statistics.mean(v):.4g} ± {statistics.stdev(v):.2g}"
+            "" if None in v else f"{statistics.mean(v):.4g} ± {statistics.stdev(v):.2g}"
             for v in found.values()
         ]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        command = " ".join(["python lab4/cvae.py", *flags])
+        print(f"| `{command}` | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:

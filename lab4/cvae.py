@@ -46,8 +46,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-# else waiting threads spin: 2.6 times as slow beside another job
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read by torch: waiting longer awake slows others
 
 import pandas as pd
 import torch
