@@ -78,7 +78,8 @@ def speed(options: argparse.Namespace) -> None:
 
 def scores(options: argparse.Namespace) -> None:
     """Mean and standard deviation over seeds, of the default run and of --holdout."""
-    keys = {"BLEU-4, ten test pairs": "bleu4", "Gaussian score, 10,000 draws": "gaussian_score_10000"}
+    keys = {"BLEU-4, ten test pairs": "bleu4"}
+    keys |= {"Gaussian score, 10,000 draws": "gaussian_score_10000"}
     keys |= {"different lines in 100 draws": "distinct_valid_per_100"}
     keys |= {"held-out verbs: exact": "heldout_exact", "BLEU-4": "heldout_bleu4"}
     keys |= {"seconds": "seconds"}

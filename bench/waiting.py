@@ -3,7 +3,7 @@
     python bench/waiting.py            steps of digits and faces, alone and beside a second such run
 
 PyTorch's threads meet after every operation. One that stays awake is there at once, but takes the
-core from other programs; one that sleeps is late. The scripts set GOMP_SPINCOUNT=2000.
+core from other programs; one that sleeps is late, and later still where it has to wait for a core.
 """
 
 import argparse
@@ -16,14 +16,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WAYS = {
-    "as PyTorch comes": {"GOMP_SPINCOUNT": "300000"},  # libgomp's own default
+    "**awake for milliseconds, as PyTorch comes**": {"GOMP_SPINCOUNT": "300000"},  # libgomp's own
     "asleep at once": {"GOMP_SPINCOUNT": "0"},
-    "**2,000 looks, then asleep**": {"GOMP_SPINCOUNT": "2000"},
+    "awake for 2,000 looks": {"GOMP_SPINCOUNT": "2000"},
 }
 
 
 def steps(name: str, count: int) -> None:
-    """Print the median milliseconds of `count` training steps on made-up images."""
+    """Print the milliseconds of a training step on made-up images, the mean but for the first."""
     sys.path.insert(0, str(ROOT))
     t = __import__(name)
     model = t.VAE(t.LATENT_DIM, True).train()
@@ -37,11 +37,11 @@ def steps(name: str, count: int) -> None:
         (reconstruction + kl).backward()
         optimizer.step()
         taken.append(1000 * (time.perf_counter() - began))
-    print(statistics.median(taken))
+    print(statistics.mean(taken[len(taken) // 10 :]))
 
 
 def measure(name: str, way: dict[str, str], count: int, runs: int) -> float:
-    """Median milliseconds a step, the mean of `runs` programs at once."""
+    """Milliseconds a step, the mean of `runs` programs at once."""
     command = [sys.executable, __file__, "--steps", str(count), "--script", name]
     start = [
         subprocess.Popen(command, env=os.environ | way, stdout=subprocess.PIPE, text=True)
@@ -58,7 +58,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps:
         return steps(args.script, args.steps)
-    cases = [("vae_mnist", 200, 1), ("vae_mnist", 200, 2), ("vae_anime", 20, 1), ("vae_anime", 20, 2)]
+    scripts = {"vae_mnist": 200, "vae_anime": 20}
+    cases = [(name, count, runs) for name, count in scripts.items() for runs in (1, 2)]
     found = {(way, case): [] for way in WAYS for case in cases}
     for _ in range(args.rounds):
         for way, case in found:

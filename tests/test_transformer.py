@@ -542,6 +542,12 @@ def test_runs_from_an_empty_folder(tmp_path):
         [*command, "--data", str(SAMPLE), *SMALL], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0 and (tmp_path / "submission.csv").exists()
+    (tmp_path / "lines.txt").write_text("Oil prices fell on Monday\n" * 5000, encoding="utf-8")
+    command += ["--predict", "lines.txt"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True) as head:
+        assert "Oil prices" in head.stdout.readline()
+        head.stdout.close()  # as `| head -1` does: more is left to write than the pipe holds
+        assert head.stderr.read() == ""
 
 
 # bad input ----------------------------------------------------------------------------------------
