@@ -50,7 +50,7 @@ digits-peers  20 bench/vae.py peers digits {DIGITS} --seconds 300
 faces-peers   30 bench/vae.py peers faces {FACES} --seconds 720
 tenses        60 bench/cvae.py scores --data {{data}} --out {{out}}/cvae
 tenses-speed   5 bench/cvae.py speed --data {{data}}
-waiting        8 bench/waiting.py
+waiting        5 bench/waiting.py --rounds 1
 """  # name, minutes on two cores, command
 STEPS = [line.split(maxsplit=2) for line in LINES.strip().splitlines()]
 
