@@ -448,7 +448,7 @@ def test_run_leaves_what_it_promises(twin, here, capsys):
     shape = (60, 28, 28) if twin is vae_mnist else (60, 64, 64, 3)
     assert again["image"].shape == again["reconstruction"].shape == shape
     with Image.open(folder / "reconstructions-60.png") as picture:  # pairs, in eight columns
-        assert picture.size == (8 * 2 * (2 * shape[1] + 1), 8 * 2 * (shape[1] + 1))
+        assert picture.size == (8 * 2 * (2 * shape[1] + 2), 8 * 2 * (shape[1] + 2))
     twin.main(["--sample", "7"])
     samples = np.load(folder / "samples.npz", allow_pickle=False)["image"]
     assert (
