@@ -42,7 +42,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read by torch: waiting longer awake slows others
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read by torch: how long threads wait awake
 
 import numpy as np
 import pandas as pd

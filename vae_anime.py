@@ -45,7 +45,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read by torch: waiting longer awake slows others
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read by torch: how long threads wait awake
 
 import numpy as np
 import pandas as pd
@@ -694,7 +694,7 @@ def use_finished(args: Namespace) -> dict:
         metrics, each = score(model, images, args)
         metrics |= {"images": len(images), "seconds": time.monotonic() - began}
         arrays = {"image": images, "reconstruction": each["again"]}
-    x = torch.cat([*arrays.values()], -1)[: args.sample or 100]  # (N, C, H, W or 2 W)
+    x = torch.cat([part[: args.sample or 100] for part in arrays.values()], -1)  # side by side
     picture = Image.fromarray(tile(x, math.ceil(len(x) ** 0.5)).repeat(2, 0).repeat(2, 1))
     write_file(folder / f"{name}-{len(x)}.png", partial(picture.save, format="png"))
     arrays = {name: x.permute(0, 2, 3, 1).squeeze(-1).numpy() for name, x in arrays.items()}

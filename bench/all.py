@@ -122,10 +122,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "faces-drawn": lambda out: drawn_table(out, "faces"),
     "digits-drawn": lambda out: drawn_table(out, "digits"),
 }
-TABLES["waiting"] = partial(printed, name="waiting")
 TABLES |= {
     name: partial(printed, name=name)
-    for name in ("news", "news-speed", "digits-peers", "faces-peers", "tenses", "tenses-speed")
+    for name in ("news", "news-speed", "digits-peers", "faces-peers")
+    + ("tenses", "tenses-speed", "waiting")
 }
 
 

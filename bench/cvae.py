@@ -82,7 +82,6 @@ def scores(options: argparse.Namespace) -> None:
     keys |= {"Gaussian score, 10,000 draws": "gaussian_score_10000"}
     keys |= {"different lines in 100 draws": "distinct_valid_per_100"}
     keys |= {"held-out verbs: exact": "heldout_exact", "BLEU-4": "heldout_bleu4"}
-    keys |= {"seconds": "seconds"}
     print(f"| command, {options.seeds} seeds | {' | '.join(keys)} |\n|{' --- |' * (len(keys) + 1)}")
     for flags in ([], ["--holdout", str(options.holdout)]):
         found: dict[str, list[float]] = {name: [] for name in keys}

@@ -23,7 +23,7 @@ WAYS = {
 
 
 def steps(name: str, count: int) -> None:
-    """Print the milliseconds of a training step on made-up images, the mean but for the first."""
+    """Print the mean milliseconds of a training step on made-up images, after a tenth of them."""
     sys.path.insert(0, str(ROOT))
     t = __import__(name)
     model = t.VAE(t.LATENT_DIM, True).train()

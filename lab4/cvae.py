@@ -46,7 +46,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read by torch: waiting longer awake slows others
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read by torch: how long threads wait awake
 
 import pandas as pd
 import torch
