@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import html
 import io
+import json
 import os
 import re
 import subprocess
@@ -149,15 +150,16 @@ class Drawer:
         names = [path.parent.name.removeprefix("lambda-") for path in out.glob("*/metrics.json")]
         self.weights = sorted((n for n in names if not n.endswith(".previous")), key=float)
         self.examples = [f"{tempfile.mkdtemp()}/{number}.png" for number in range(12)]
-        images = script.load_images(script.find_data(None))[0]
+        config = json.loads((out / f"lambda-{self.weights[0]}" / "config.json").read_text())
+        data = Path(config["arguments"]["data"] or "none")  # that the run was trained on
+        images = script.load_images(script.find_data(data if data.exists() else None))[0]
         for image, path in zip(images, self.examples, strict=False):
             self.picture(torch.from_numpy(image[None].copy()), 1).save(path)
 
     def load(self, weight: str) -> tuple:
         """The model of λ, its command line, and its most telling directions (SLIDERS, k)."""
         with told_on_the_page():
-            folder, cpu = self.out / f"lambda-{weight}", torch.device("cpu")
-            model, _ = self.script.load_finished(folder, cpu)
+            model, _ = self.script.load_finished(self.out / f"lambda-{weight}", torch.device("cpu"))
         self.script.seed_all(0)
         z = model.prior().sample((1000,))
         _, lengths, directions = torch.linalg.svd(z - z.mean(0), full_matrices=False)
@@ -176,7 +178,7 @@ class Drawer:
             with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
                 small = image.convert("RGB" if channels == 3 else "L").resize(size[::-1])
         except (OSError, ValueError, AttributeError, Image.DecompressionBombError):
-            raise sentence("Choose a picture that can be read, a PNG or JPEG.") from None
+            raise sentence("Choose a picture that can be read.", visible=bool(path)) from None
         pixels = np.array(small).reshape(1, *size, channels).transpose(0, 3, 1, 2)
         x = self.script.to_pixels(torch.from_numpy(pixels))
         with torch.no_grad():
@@ -219,6 +221,7 @@ def picker(drawer: Drawer, number: int, label: str) -> gr.Image:
     """A place for a picture, to upload or to take from the examples below it."""
     with gr.Column():
         place = Upload(drawer.examples[number], label=label)
+        place.preprocess = lambda file: file and file.path  # Gradio's own raises what it likes
         gr.Examples(drawer.examples, place, label="or one of these", examples_per_page=12)
     return place
 
@@ -229,16 +232,16 @@ def vae_tab(script, out: Path, what: str) -> None:
     gr.Markdown(
         f"A variational autoencoder that learned {what}. λ is the weight of the KL in training: "
         "where it is large the code says nothing of the image (posterior collapse), and the "
-        "sliders do nothing. `--lambda 0 1 50 100` makes the runs to compare."
+        "sliders do nothing (`--lambda 0 1 50 100` makes the runs to compare). Sliders and walk "
+        "move the code alone: a face's detail is drawn anew, so they begin near its reconstruction."
     )
     weight = gr.Radio(drawer.weights, value=start, label="λ")
     with gr.Tab("Draw"), gr.Row():
         with gr.Column():
             seed, warm = Number(), script.TEMPERATURE
-            label = "Temperature: 0 gives the likeliest, 1 what was learned"
-            temperature = gr.Slider(0, 1.2, warm, step=0.05, label=label)
+            temperature = gr.Slider(0, 1.2, warm, step=0.05, label="Temperature (1: as learned)")
             button = gr.Button("Draw 36", variant="primary")
-        drawn = Picture(drawer.draw(start, 0, warm), label="From the prior", height=540)
+        drawn = Picture(drawer.draw(start, 0, warm), label="Drawn from noise", height=540)
     events = [button.click, seed.submit, temperature.release, weight.input]
     listen(events, drawer.draw, [weight, seed, temperature], drawn)
     with gr.Tab("Around a picture"), gr.Row():
@@ -253,8 +256,7 @@ def vae_tab(script, out: Path, what: str) -> None:
             posterior = gr.Plot(first[1], show_label=False)
     shown = [again, posterior, moved, *sliders]
     listen([chosen.change, weight.input], drawer.reconstruct, [weight, chosen], shown)
-    moves = [slider.input for slider in sliders]
-    listen(moves, drawer.around, [weight, chosen, *sliders], moved)
+    listen([slider.input for slider in sliders], drawer.around, [weight, chosen, *sliders], moved)
     with gr.Tab("From one picture to another"):
         share = gr.Slider(0, 1, 0.5, step=0.02, label="Way from the first to the second")
         with gr.Row():
@@ -315,16 +317,15 @@ def build_page(runs: Path) -> gr.Blocks:
         "Faces": ("vae_anime", partial(vae_tab, vae_anime, what="anime faces, at two scales")),
         "Tenses": ("cvae", tenses_tab),
     }
+    done = [title for title, (name, _) in tabs.items() if any((runs / name).rglob("metrics.json"))]
     with gr.Blocks(title="Transformer and VAE") as page:
         gr.Markdown("# Transformer and VAE in plain PyTorch: play with the finished runs")
-        for title, (name, fill) in tabs.items():
-            missing = (
-                f"No finished run in `{runs / name}`. Make it with `python {QUICK[name][0]}`, or "
-                "all that are missing, on the bundled sample, with `python demo/app.py --quick`."
-            )
-            with gr.Tab(title):
-                finished = any((runs / name).rglob("metrics.json"))
-                fill(runs / name) if finished else gr.Markdown(missing)
+        with gr.Tabs(selected=done[0] if done else None):
+            for title, (name, fill) in tabs.items():
+                make = f"`python {QUICK[name][0]}`, or all with `python demo/app.py --quick`"
+                missing = f"No finished run in `{runs / name}`. Make it with {make}."
+                with gr.Tab(title, id=title):
+                    fill(runs / name) if title in done else gr.Markdown(missing)
     return page
 
 
@@ -341,7 +342,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)  # several people at once share the cores
     page = build_page(args.runs).queue(default_concurrency_limit=2)
     where = {"server_name": "127.0.0.1", "server_port": args.port, "share": args.share}
-    page.launch(theme=THEME, inbrowser=True, max_file_size=MAX_BYTES, **where)
+    with transformer.one_line(f"--port {args.port}", "Name another with --port"):
+        page.launch(theme=THEME, inbrowser=True, max_file_size=MAX_BYTES, **where)
 
 
 if __name__ == "__main__":

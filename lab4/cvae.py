@@ -327,7 +327,8 @@ def train(model: CVAE, verbs: Verbs, args: Namespace, state: dict) -> CVAE:
     parts = {"model": model, "average": average, "optimizer": optimizer}
     for name in parts.keys() & state.keys():
         parts[name].load_state_dict(state.pop(name))
-    progress = tqdm(total=steps, initial=first * per_epoch, unit="batch", disable=None)
+    done = first * per_epoch
+    progress = tqdm(total=steps, initial=done, unit="step", mininterval=2, file=sys.stdout)
     for epoch in range(first, args.epochs):
         order = torch.randperm(len(forms), generator=seed_all(args.seed, epoch))
         forcing = 1 - (1 - args.teacher_forcing) * epoch / max(1, args.epochs - 1)
@@ -464,7 +465,7 @@ def write_results(args: Namespace, model: CVAE, verbs: Verbs, history: list[dict
 # run folder, errors, command line (much of it the same in every script) ---------------------------
 def fail(message: str) -> NoReturn:
     """End the program over a user's mistake: one line on stderr, exit code 2."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    tqdm.write("error: " + " ".join(message.split()), file=sys.stderr)  # not into a bar
     raise SystemExit(2)
 
 
@@ -566,7 +567,7 @@ def load_checkpoint(path: Path, version: str, settings: dict) -> dict:
         fail(f"{path}: not a checkpoint of {version}. {mend}")
     for name, value in settings.items():
         if (there := state["settings"].get(name)) != value:
-            fail(f"{path}: trained with {name} {there}, not {value}. Give the same, or no --resume")
+            fail(f"{path}: trained with {name} {there}, not {value}. Give the same data and flags")
     return state
 
 

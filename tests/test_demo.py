@@ -101,10 +101,10 @@ def test_a_csv_comes_back_as_a_submission(page, tmp_path):
 def test_pictures_move(page, name, tmp_path):
     page.reload()
     page.get_by_role("tab", name=name).click()
-    before = shown(page, "From the prior")
+    before = shown(page, "Drawn from noise")
     page.locator('label:has-text("Seed") input >> visible=true').fill("5")
     page.locator('button:has-text("Draw 36") >> visible=true').click()
-    assert changes(page, "From the prior", before)
+    assert changes(page, "Drawn from noise", before)
     page.locator('role=tab[name="Around a picture"] >> visible=true').click()
     before = shown(page, "Its code, moved")
     page.locator('input[type="range"] >> visible=true').first.fill("3")

@@ -717,8 +717,18 @@ def test_a_folder_of_the_users_own_is_never_removed(here, capsys):
     assert Path("out.previous/thesis.txt").read_text() == "mine" and Path("out").is_dir()
 
 
+def test_a_finished_run_gives_its_submission_again(here):
+    run("--out", "first")
+    mine = Path("submission.csv").read_bytes()
+    run("--out", "second", "--seed", "1")
+    assert Path("submission.csv").read_bytes() != mine
+    run("--out", "first", "--resume")
+    assert Path("submission.csv").read_bytes() == mine == Path("first/submission.csv").read_bytes()
+
+
 def test_two_runs_do_not_share_a_folder(here, capsys):
     run("--out", "out")
+    capsys.readouterr()  # its progress bar
     with t.open_run(Path("out"), t.parse_args(["--resume"]), {}), pytest.raises(SystemExit):
         run("--out", "out")
     error = capsys.readouterr().err
