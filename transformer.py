@@ -91,14 +91,14 @@ class News(NamedTuple):
 def find_data(given: Path | None) -> Path:
     """The folder to read: the one given, else data/ beside the script, else the sample there."""
     real, sample = HERE / "data", HERE / "data" / "sample"
-    folder = given or (real if (real / "train.csv").exists() or not sample.exists() else sample)
+    folder = given or (real if (real / "train.csv").exists() else sample)
     print(f"data      {folder}" + (f", the bundled sample. {SOURCE}" if folder == sample else ""))
     return folder
 
 
 def read_table(path: Path) -> tuple[pd.DataFrame, str]:
     """A csv file as strings, and its sha256. One that begins with a number has no header."""
-    with one_line(path, f"Give train.csv and test.csv, in UTF-8, commas between columns. {SOURCE}"):
+    with one_line(path, "Give train.csv and test.csv, in UTF-8, commas between columns"):
         content, options = path.read_bytes(), {"dtype": str, "keep_default_na": False}
         file = io.StringIO(content.decode("utf-8-sig"), newline="")
         table = pd.read_csv(file, header=None, engine="python", skip_blank_lines=False, **options)

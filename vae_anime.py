@@ -95,7 +95,7 @@ def find_data(given: Path | None) -> Path:
 def load_images(path: Path) -> tuple[np.ndarray, str]:
     """The PNG and JPEG images of a zip file or folder as RGB, uint8 (N, 3, 64, 64); the sha256."""
     images = {}
-    with one_line(path, f"Give a zip file or a folder of PNG or JPEG images. {SOURCE}"):
+    with one_line(path, "Give a zip file or a folder of PNG or JPEG images"):
         archive = None if path.is_dir() else zipfile.ZipFile(path)
         files = archive.namelist() if archive else path.rglob("*")
         opened = archive.open if archive else partial(open, mode="rb")
@@ -638,7 +638,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--data", type=Path, metavar="PATH", help=f"{DATA} or one like it; of faces a folder, too")
     add("--out", type=Path, default=Path("runs") / SCRIPT, help="folder of the run [%(default)s]")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
-    add("--evaluate", type=Path, metavar="FILE", help="score the finished model on images of FILE")
+    add("--evaluate", type=Path, metavar="PATH", help="score the finished model on images of PATH")
     add("--sample", type=int, metavar="N", help="draw N images from the finished model")
     add("--seed", type=int, default=0, help="of split, weights, batches, noise [%(default)s]")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="[%(default)s]")

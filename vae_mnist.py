@@ -97,7 +97,7 @@ def load_images(path: Path) -> tuple[np.ndarray, str]:
 
     The array is `image`, or else the first of shape (N, H, W), (N, H, W, 1) or (N, 1, H, W).
     """
-    with one_line(path, f"Give np.savez(file, image=uint8 images). {SOURCE}"):
+    with one_line(path, "Give np.savez(file, image=uint8 images)"):
         content = path.read_bytes()
         sizes = [member.file_size for member in zipfile.ZipFile(io.BytesIO(content)).infolist()]
         if max(sizes, default=0) > MAX_BYTES:
@@ -604,7 +604,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--data", type=Path, metavar="PATH", help=f"{DATA} or one like it; of faces a folder, too")
     add("--out", type=Path, default=Path("runs") / SCRIPT, help="folder of the run [%(default)s]")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
-    add("--evaluate", type=Path, metavar="FILE", help="score the finished model on images of FILE")
+    add("--evaluate", type=Path, metavar="PATH", help="score the finished model on images of PATH")
     add("--sample", type=int, metavar="N", help="draw N images from the finished model")
     add("--seed", type=int, default=0, help="of split, weights, batches, noise [%(default)s]")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="[%(default)s]")

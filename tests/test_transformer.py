@@ -535,7 +535,7 @@ def test_runs_from_an_empty_folder(tmp_path):
     assert (
         done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     )
-    assert "Kaggle" in done.stderr and [path.name for path in tmp_path.iterdir()] == [
+    assert "Kaggle" in done.stdout and [path.name for path in tmp_path.iterdir()] == [
         "transformer.py"
     ]
     done = subprocess.run(

@@ -691,7 +691,7 @@ def bad_values(value, dtype=float):
 
 RESUME = ["--out", "out", "--resume"]
 BOTH = {
-    "no file": (remove, [], r"No such file or directory\. Give .*\. The real"),
+    "no file": (remove, [], r"No such file or directory\. Give"),
     "rubbish": (rubbish, [], r"File is not a zip file\. (Make|Give)"),
     "truncated": (truncated, [], r"File is not a zip file\. (Make|Give)"),
     "negative": (lambda: None, ["--lambda", "-1"], r"--lambda -1\.0: give a number from 0 to"),
