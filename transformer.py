@@ -585,7 +585,7 @@ def plot_attention(words: list[str], attn_weights: Tensor, title: str) -> Figure
     panel.set_title(title, fontsize=9, parse_math=False)
     panel.set_xticks(ticks, words, fontsize=8, rotation=90, parse_math=False)
     panel.set_yticks(ticks, words, fontsize=8, parse_math=False)
-    panel.set(xlabel="token looked at", ylabel="token that looks")
+    panel.set(xlabel="token looked at ([…]: without a vector)", ylabel="token that looks")
     return figure
 
 

@@ -665,8 +665,7 @@ def use_finished(args: Namespace) -> dict:
     write_file(folder / f"{name}-{len(x)}.png", partial(picture.save, format="png"))
     arrays = {name: x.permute(0, 2, 3, 1).squeeze(-1).numpy() for name, x in arrays.items()}
     write_file(folder / f"{name}.npz", partial(np.savez_compressed, **arrays))
-    print(f"wrote     {folder / name}.npz, {name}-{len(x)}.png")
-    print(json.dumps(metrics))
+    print(f"wrote     {folder / name}.npz, {name}-{len(x)}.png", json.dumps(metrics), sep="\n")
     return metrics
 
 
@@ -676,8 +675,7 @@ def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
     folder = args.out / f"lambda-{args.kl_weight:g}"
     checkpoint = folder / "checkpoint.pt"
     names = ("prior", "latent_dim", "epochs", "batch_size", "lr", "seed", "limit")
-    settings = {name: getattr(args, name) for name in names}
-    settings |= {"lambda": args.kl_weight, "sha256": sha256}
+    settings = {n: getattr(args, n) for n in names} | {"lambda": args.kl_weight, "sha256": sha256}
     state = {"version": VERSION, "settings": settings, "history": [], "seconds": 0.0}
     if checkpoint.exists() and (args.resume or len(args.lambdas) > 1):
         saved = load_checkpoint(checkpoint, VERSION, settings if args.resume else {})
@@ -701,6 +699,7 @@ def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
         train(model.to(device), images, args, state, save, bar)
         if args.prior == "learned" and args.kl_weight > 0:
             model = fit_prior(model, images, args)
+        bar.write("trained   scoring and drawing take a moment more")
         metrics, each = score(model, test, args)
         some = {name: images[name][: 1 + len(test) // 3] for name in ("train", "validation")}
         others = {name: evaluate(model, part, args, True)[0] for name, part in some.items()}
@@ -737,6 +736,7 @@ def train_all(args: Namespace) -> dict:
             if RANK == 0:  # of a run that had been finished before, too
                 write_json(args.out / f"lambda-{name}" / "metrics.json", metrics[name])
     print(f"wrote     {args.out}/lambda-{', '.join(metrics)}")
+    name = "1" if "1" in metrics else name
     again = ["--out", str(args.out), "--lambda", name, "--temperature", f"{args.temperature:g}"]
     print("next      python", sys.argv[0], "--sample 100", shlex.join(again))
     if len(metrics) > 1 and RANK == 0:

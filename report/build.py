@@ -304,12 +304,16 @@ def main(argv: list[str] | None = None) -> None:
     for key, command in about["missing"].items():
         print(f"missing   {key}: {command}")
     for key, reason in ({} if args.quick else about["partial"]).items():
-        print(f"warning   {key}: {reason}; the report says so. To run it anew, remove {runs / key}")
+        print(
+            f"warning   {key}: {reason}; the report says so. For a new run move {runs / key} away"
+        )
     pdf = typeset(runs, about, args.student_id)
     write_whole(args.out / "report.pdf", pdf)
     for name in SCRIPTS:
         try_alone(ROOT / name)
     write_zip(archive, args.student_id, pdf)
+    if args.quick:
+        print("warning   these are figures of the bundled sample, not of the homework's data")
     print(f"wrote     {args.out / 'report.pdf'} and {archive}: the PDF and the scripts, each tried")
     if about["missing"]:
         words = sys.argv[1:] if argv is None else argv
