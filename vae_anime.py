@@ -5,8 +5,7 @@
 # ///
 """Learn colour images of anime faces with a variational autoencoder of two scales.
 
-From a code z the decoder paints a smooth image, and p(detail|z), a ladder of convolutional codes at
-8 x 8 and 16 x 16, draws on it what a short code cannot hold:
+A code z gives a smooth image; p(detail|z), a ladder of codes, draws on it what z cannot hold:
 
     p(x, detail, z) = p(x|z, detail) Π p(detail_i | z, detail_<i) p(z)
     log p(x) >= E q [log p(x|z, detail)] - KL(q(z|x) || p(z)) - Σ E q [KL of detail_i]
@@ -699,7 +698,8 @@ def use_finished(args: Namespace) -> dict:
     write_file(folder / f"{name}-{len(x)}.png", partial(picture.save, format="png"))
     arrays = {name: x.permute(0, 2, 3, 1).squeeze(-1).numpy() for name, x in arrays.items()}
     write_file(folder / f"{name}.npz", partial(np.savez_compressed, **arrays))
-    print(f"wrote     {folder / name}.npz, {name}-{len(x)}.png", json.dumps(metrics), sep="\n")
+    print(f"wrote     {folder / name}.npz, {name}-{len(x)}.png")
+    print(json.dumps(metrics))
     return metrics
 
 

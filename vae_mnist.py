@@ -665,7 +665,8 @@ def use_finished(args: Namespace) -> dict:
     write_file(folder / f"{name}-{len(x)}.png", partial(picture.save, format="png"))
     arrays = {name: x.permute(0, 2, 3, 1).squeeze(-1).numpy() for name, x in arrays.items()}
     write_file(folder / f"{name}.npz", partial(np.savez_compressed, **arrays))
-    print(f"wrote     {folder / name}.npz, {name}-{len(x)}.png", json.dumps(metrics), sep="\n")
+    print(f"wrote     {folder / name}.npz, {name}-{len(x)}.png")
+    print(json.dumps(metrics))
     return metrics
 
 

@@ -1,13 +1,16 @@
 """The demo in a real browser: each tab answers, bad uploads get a sentence, no host is asked."""
 
+import json
 import os
 import shlex
 import shutil
+import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,6 +133,22 @@ def test_a_verb_is_conjugated_and_a_wrong_one_refused(page):
     verb.fill("study")
     verb.press("Enter")
     page.get_by_text("progressive").first.wait_for()
+
+
+def test_pictures_to_choose_are_the_runs_own(tmp_path):
+    data, folder = tmp_path / "own.npz", tmp_path / "lambda-1"
+    folder.mkdir()
+    np.savez(data, image=np.full((20, 28, 28), 255, np.uint8))
+    (folder / "metrics.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps({"arguments": {"data": str(data)}}))
+    examples = app.Drawer(app.vae_mnist, tmp_path).examples
+    assert all((np.asarray(app.Image.open(path)) == 255).all() for path in examples)
+
+
+def test_a_port_in_use_is_one_line(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(SystemExit) as end:
+        app.main(["--runs", str(tmp_path), "--port", str(server.getsockname()[1])])
+    assert end.value.code == 2 and "Name another with --port" in capsys.readouterr().err
 
 
 def test_a_missing_run_shows_its_command(tmp_path):

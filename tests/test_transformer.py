@@ -535,9 +535,11 @@ def test_runs_from_an_empty_folder(tmp_path):
     assert (
         done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     )
-    assert "Kaggle" in done.stdout and [path.name for path in tmp_path.iterdir()] == [
-        "transformer.py"
-    ]
+    assert (
+        t.SOURCE in done.stdout
+        and "train.csv" in done.stderr
+        and [path.name for path in tmp_path.iterdir()] == ["transformer.py"]
+    )
     done = subprocess.run(
         [*command, "--data", str(SAMPLE), *SMALL], cwd=tmp_path, capture_output=True, text=True
     )

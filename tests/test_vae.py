@@ -635,9 +635,11 @@ def test_runs_from_an_empty_folder(twin, here):
     assert (
         done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     )
-    assert twin.DATA in done.stderr and [path.name for path in folder.iterdir()] == [
-        f"{twin.SCRIPT}.py"
-    ]
+    assert (
+        twin.SOURCE in done.stdout
+        and twin.DATA in done.stderr
+        and [path.name for path in folder.iterdir()] == [f"{twin.SCRIPT}.py"]
+    )
     data = ["--data", str(here / ("digits.npz" if twin is vae_mnist else "faces.zip"))]
     done = subprocess.run([*command, *data, *SMALL], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and (folder / folder_of(twin) / "samples.png").exists(), done.stderr
@@ -691,7 +693,7 @@ def bad_values(value, dtype=float):
 
 RESUME = ["--out", "out", "--resume"]
 BOTH = {
-    "no file": (remove, [], r"No such file or directory\. Give"),
+    "no file": (remove, [], r"No such file or directory\. Give (np\.savez|a zip)"),
     "rubbish": (rubbish, [], r"File is not a zip file\. (Make|Give)"),
     "truncated": (truncated, [], r"File is not a zip file\. (Make|Give)"),
     "negative": (lambda: None, ["--lambda", "-1"], r"--lambda -1\.0: give a number from 0 to"),
