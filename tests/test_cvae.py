@@ -213,6 +213,7 @@ def test_300_epochs_stay_finite_and_in_memory(here):
     )
 
 
+@pytest.mark.figures
 def test_run_leaves_what_it_promises(here, capsys):
     metrics = run()
     left = {path.name for path in (here / "run").iterdir()}

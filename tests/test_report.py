@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_reliability import WORDS, cvae, run, transformer, vae_anime, vae_mnist
 
 SAMPLE = ROOT / "data" / "sample"
+pytestmark = pytest.mark.figures
 try_alone = build.try_alone
 METRICS = {
     "bleu4": 0.5,

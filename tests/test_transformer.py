@@ -426,6 +426,7 @@ def test_metrics_without_a_checkpoint_are_no_finished_run(here, monkeypatch):
     assert without_seconds(run("--seed", "1", "--resume")) != without_seconds(metrics)
 
 
+@pytest.mark.figures
 def test_dollars_are_no_formulas(here):
     words = ["$_$", "up", "$5%$6", "${$", "US$1^$2"]
     attention = t.plot_attention(words, torch.full((2, 5, 5), 0.2), "from $1_ to $2^")

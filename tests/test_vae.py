@@ -394,6 +394,7 @@ def test_overfits_32_images(twin, here):
 # runs ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.figures
 @pytest.mark.parametrize("twin", TWINS)
 def test_run_leaves_what_it_promises(twin, here, capsys):
     metrics = run(twin)
