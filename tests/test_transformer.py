@@ -517,7 +517,8 @@ def test_missing_text_is_a_warning_with_a_count(here, capsys):
 
 
 @pytest.mark.parametrize("header", ["", "5000 4\n"], ids=["glove", "word2vec"])
-def test_vectors_are_found_and_read(here, header, capsys):
+def test_vectors_are_found_and_read(here, header, monkeypatch, capsys):
+    monkeypatch.setattr(t, "KEEP", 3)
     lines = ["the 1 2 3 4", "said -1e-3 .5 0 1", "a . . 9 9 9 9", "never-seen 0 0 0 0"]
     Path("data/glove.tiny.txt").write_text(header + "\n".join(lines) + "\n", encoding="utf-8")
     vectors = t.read_vectors("data/glove.tiny.txt", {"the", "said", "a"})
@@ -527,6 +528,16 @@ def test_vectors_are_found_and_read(here, header, capsys):
     coverage = run()["vector_coverage"]
     assert 0.02 < coverage < 0.2 and "glove.tiny.txt" in capsys.readouterr().out
     assert run("--vectors", "none")["vector_coverage"] is None
+
+
+def test_words_that_no_text_had_keep_their_vectors(here):
+    """A text to come is read with them: what the file has first, its most frequent words."""
+    Path("data/glove.tiny.txt").write_text("the 1 2 3 4\nxyzzy 4 3 2 1\n")
+    run()
+    state = torch.load("runs/transformer/checkpoint.pt", weights_only=True)
+    word = t.Vocabulary(**state["vocabulary"]).encode(t.split_text("xyzzy", 2))[0, 0]
+    ratio = state["features"][word] / state["features"][state["vocabulary"]["words"]["the"]]
+    torch.testing.assert_close(ratio, torch.tensor([4, 1.5, 2 / 3, 0.25]))
 
 
 def test_runs_from_an_empty_folder(tmp_path):
