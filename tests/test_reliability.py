@@ -71,9 +71,10 @@ def folder_of(script, out):
     return Path(out, "lambda-1") if script in (vae_mnist, vae_anime) else Path(out)
 
 
-def table_of(script, out):
-    """What each epoch cost."""
-    return (folder_of(script, out) / "history.csv").read_bytes()
+def tables_of(script, out):
+    """History, answers and what else it writes down."""
+    paths = folder_of(script, out).glob("*.csv")
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def left_whole(script, out):
@@ -274,6 +275,7 @@ def test_a_signal_ends_it_at_once(script, owner, function, when, number, monkeyp
     [command] = re.findall("go on with: (.*)", capsys.readouterr().out)
     metrics = script.main(shlex.split(command)[2:])
     assert metrics | {"seconds": 0} == whole(script) | {"seconds": 0} and not temporary_names()
+    assert tables_of(script, "cut") == tables_of(script, undisturbed(script)[1].name)
 
 
 @each_script
@@ -409,4 +411,4 @@ def test_one_process_killed(script, victim):
     assert again.returncode == 0
     assert output.count("data ") == output.count("wrote ") == 1  # one of the two speaks
     assert (checkpoint.parent / "metrics.json").exists()
-    assert table_of(script, "cut") == table_of(script, "whole")
+    assert tables_of(script, "cut") == tables_of(script, "whole")

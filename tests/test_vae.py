@@ -5,11 +5,9 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import shlex
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -475,28 +473,6 @@ def test_sweep_compares_and_takes_finished_runs(twin, here, capsys):
 
 
 @pytest.mark.parametrize("twin", TWINS)
-@pytest.mark.parametrize("steps", [1, 3, 5])  # 3 is the second epoch's first
-def test_resume_equals_no_interruption(twin, here, monkeypatch, capsys, steps):
-    whole = run(twin)
-    clip, count = torch.nn.utils.clip_grad_norm_, iter(range(10_000))
-
-    def interrupted(*args):
-        if next(count) == steps:
-            os.kill(os.getpid(), signal.SIGTERM if steps == 5 else signal.SIGINT)
-        return clip(*args)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
-    with pytest.raises(SystemExit) as stopped:
-        run(twin, "--out", "other")
-    assert stopped.value.code == (143 if steps == 5 else 130)
-    assert "--resume" in capsys.readouterr().out
-    assert without_seconds(run(twin, "--out", "other", "--resume")) == without_seconds(whole)
-    folders = folder_of(twin), Path("other", "lambda-1")
-    histories = [(folder / "history.csv").read_bytes() for folder in folders]
-    assert histories[0] == histories[1]
-
-
-@pytest.mark.parametrize("twin", TWINS)
 def test_evaluate_scores_images_of_all_the_file(twin, here, monkeypatch):
     """A file may be sorted by class: the bound is taken of random images of it."""
     run(twin)
@@ -523,29 +499,6 @@ def test_the_last_fit_of_the_prior_is_kept_only_where_it_helps(twin, here, monke
 
     monkeypatch.setattr(twin.GaussianMixture, "fit", misfit)
     assert fitted <= normal + 0.01 and normal == run(twin)["kl"]["validation"]
-
-
-def test_resume_with_nothing_saved_starts(here):
-    assert run(vae_mnist, "--resume")["neg_elbo"]["test"] > 0
-
-
-@pytest.mark.parametrize("twin", TWINS)
-def test_a_loss_that_is_not_finite_keeps_the_last_epoch(twin, here, monkeypatch, capsys):
-    whole, forward, count = run(twin), twin.VAE.forward, iter(range(10_000))
-    capsys.readouterr()
-
-    def spoilt(*args):
-        factor = math.nan if next(count) == 4 else 1
-        return [term * factor for term in forward(*args)]
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(twin.VAE, "forward", spoilt)
-        run(twin, "--out", "cut")
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1, error
-    assert "epoch 2, step 5. Lower --lr" in error
-    assert len(torch.load("cut/lambda-1/checkpoint.pt", weights_only=True)["history"]) == 1
-    assert without_seconds(run(twin, "--out", "cut", "--resume")) == without_seconds(whole)
 
 
 def test_faces_are_read_from_a_zip_file_or_a_folder(here):
