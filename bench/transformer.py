@@ -247,7 +247,7 @@ def main() -> None:
         texts, unseen = read_unseen(own.unseen, own.data / "train.csv")
         shutil.copy(own.data / "train.csv", folder)
         texts.to_csv(Path(folder, "test.csv"), index=False)
-        args = t.parse_args(["--data", folder, "--vectors", str(Path(own.vectors).resolve())])
+        args = t.parse_args(["--data", folder, "--vectors", str(Path(own.vectors).absolute())])
         args = argparse.Namespace(
             **vars(args) | vars(own) | {"data": Path(folder), "vectors": args.vectors}
         )
