@@ -13,7 +13,7 @@ passes p1, p2 over a batch are trained to agree (R-Drop, Liang et al. 2021):
     loss = 1/2 (CE(p1, y) + CE(p2, y)) + r_drop * 1/2 (KL(p1 || p2) + KL(p2 || p1))  nats per text
 
     python transformer.py                            data/ beside the script, else its sample
-    python transformer.py --data DIR --vectors glove.6B.100d.txt
+    python transformer.py --data DIR --vectors DIR/glove.6B.100d.txt
     python transformer.py --predict "your text"      with the trained model
 
 It leaves submission.csv where you stand, the rest in runs/transformer/. With GloVe 6B 100d and the

@@ -13,7 +13,7 @@ A code z gives a smooth image; p(detail|z), a ladder of codes, draws on it what 
 
 (Kingma and Welling 2014, eq. 3; ladders: Sønderby et al. 2016, Child 2021.) z learns from λ KL and
 a likelihood of its smooth image alone. Training has one learned σ (Rybkin et al. 2021) and N(0, I)
-as p(z); then each frequency gets a σ of its own, and p(z) 16 Gaussians, fitted to the codes by EM.
+as p(z); then each frequency gets a σ, and, if λ > 0, p(z) 16 Gaussians, fitted to the codes by EM.
 
     python vae_anime.py                      data/anime-faces.zip, else the bundled sample
     python vae_anime.py --lambda 0 1 50 100  one model a λ, side by side
@@ -457,7 +457,7 @@ def plot_images(folder: Path, model: VAE, test: Tensor, each: dict, args: Namesp
         show(left, tile(real[:64], 8), f"real, λ = {args.kl_weight:g}")
         show(right, tile(again[:64], 8), "reconstructed")
     with panels(folder / "samples.png", 1) as [panel]:
-        title = f"λ = {args.kl_weight:g}, {args.prior} prior, temperature {args.temperature:g}"
+        title = f"λ = {args.kl_weight:g}, temperature {args.temperature:g}"
         show(panel, tile(draw_samples(model, 100, args), 10), title)
     with panels(folder / "interpolation.png", 1) as [panel]:
         ends = real[: 2 * rows].unflatten(0, (rows, 2))

@@ -13,8 +13,8 @@ p(x|z). Both raise a lower bound of the log likelihood (Kingma and Welling 2014,
 
 No encoder finds the best q(z|x) of an image it has not seen. So what is scored and shown starts
 from the encoder's and takes REFINE steps of gradient on that image's own loss (semi-amortized
-inference, Kim et al. 2018). The prior p(z) is N(0, I) in training and then a mixture of 64
-Gaussians, fitted to the codes by EM, unless --prior normal keeps it N(0, I).
+inference, Kim et al. 2018). The prior p(z) is N(0, I) in training and then, where λ > 0, a mixture
+of 64 Gaussians fitted to the codes by EM; --prior normal keeps it N(0, I).
 
     python vae_mnist.py                      data/TibetanMNIST.npz, else the bundled sample
     python vae_mnist.py --lambda 0 1 50 100  one model a λ, side by side
@@ -424,7 +424,7 @@ def plot_images(folder: Path, model: VAE, test: Tensor, each: dict, args: Namesp
         show(left, tile(real[:64], 8), f"real, λ = {args.kl_weight:g}")
         show(right, tile(again[:64], 8), "reconstructed")
     with panels(folder / "samples.png", 1) as [panel]:
-        title = f"λ = {args.kl_weight:g}, {args.prior} prior, temperature {args.temperature:g}"
+        title = f"λ = {args.kl_weight:g}, temperature {args.temperature:g}"
         show(panel, tile(draw_samples(model, 100, args), 10), title)
     with panels(folder / "interpolation.png", 1) as [panel]:
         ends = real[: 2 * rows].unflatten(0, (rows, 2))

@@ -1,8 +1,8 @@
 """What transformer.py is worth: peers on the same texts, and its speed beside the tutorial's loop.
 
     pip install -r bench/requirements.txt
-    python bench/transformer.py accuracy --data DIR --vectors glove.6B.100d.txt --unseen FILE
-    python bench/transformer.py speed    --data DIR --vectors glove.6B.100d.txt
+    python bench/transformer.py accuracy --data DIR --vectors DIR/glove.6B.100d.txt --unseen FILE
+    python bench/transformer.py speed    --data DIR --vectors DIR/glove.6B.100d.txt
 
 Each prints a table. An accuracy is out of fold on train.csv and, with --unseen, on a csv of like
 columns that nobody chose by; ± is the standard error √(p (1 - p) / n). There the peers learn from

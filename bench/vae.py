@@ -1,15 +1,15 @@
 r"""What the twin VAEs are worth: peers on the same images, samples judged, a step's speed, in turn.
 
     pip install -r bench/requirements.txt
-    python bench/vae.py speed   digits --data TibetanMNIST.npz
-    python bench/vae.py peers   digits --data TibetanMNIST.npz --seconds 300
-    python bench/vae.py samples digits --data TibetanMNIST.npz --out runs/vae_mnist
-    python bench/vae.py samples faces  --data anime-faces.zip --out runs/vae_anime \
+    python bench/vae.py speed   digits --data data/TibetanMNIST.npz
+    python bench/vae.py peers   digits --data data/TibetanMNIST.npz --seconds 300
+    python bench/vae.py samples digits --data data/TibetanMNIST.npz --out runs/vae_mnist
+    python bench/vae.py samples faces  --data data/anime-faces.zip --out runs/vae_anime \
         --cascade lbpcascade_animeface.xml
 
 `samples` judges the finished run's draws from its prior: digits by a classifier trained here on the
 labels, faces by OpenCV's cascade for anime faces (https://github.com/nagadomi/lbpcascade_animeface).
-Each prints a table for the README.
+Each prints a table.
 """
 
 import argparse
