@@ -346,17 +346,18 @@ def fit_prior(model: VAE, images: dict, args: Namespace) -> VAE:
 def evaluate(model: VAE, images: Tensor, args: Namespace, final=False) -> tuple[dict, dict]:
     """Scores of uint8 images (N, C, H, W), means in nats; and what figures need of each image."""
     seed_all(args.seed)
-    rows = []
-    for batch in images.split(250):
-        x = to_pixels(batch.to(model.mean_image.device))
+    each = {}
+    for i in torch.arange(len(images)).split(250):
+        x = to_pixels(images[i].to(model.mean_image.device))
         q = model.encode(x, args.kl_weight if final else None)
         pixels, kl, _ = infer(model, x, q)  # codes are drawn, not put at q's mean
         again, reconstruction = pixels.mean.clamp(0, 1), -pixels.log_prob(x)
         scores = {"reconstruction": reconstruction, "kl": kl, "neg_elbo": reconstruction + kl}
         scores |= {"loss": reconstruction + args.kl_weight * kl} | bits_per_dim(pixels, x, kl)
         scores |= {"psnr_db": (again - x).square().flatten(1).mean(1)}
-        rows.append(scores | {"mu": q.mean, "variance": q.variance, "again": to_bytes(again)})
-    each = {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
+        found = scores | {"mu": q.mean, "variance": q.variance, "again": to_bytes(again)}
+        for key, v in found.items():  # into one tensor: a list of small ones would leave holes
+            each.setdefault(key, torch.empty(len(images), *v.shape[1:], dtype=v.dtype))[i] = v.cpu()
     means = {name: each[name].double().mean().item() for name in scores}
     means["psnr_db"] = -10 * math.log10(max(means["psnr_db"], 1e-12))  # of the mean squared error
     return means, each
