@@ -120,6 +120,7 @@ def test_pictures_move(page, name, tmp_path):
     wrong = tmp_path / "wrong.png"
     wrong.write_bytes(b"no picture")
     page.locator('button[aria-label="Remove Image"] >> visible=true').first.click()
+    page.wait_for_timeout(1500)  # an upload before the page has answered to that is lost
     page.locator('input[type="file"][accept="image/*"]').first.set_input_files(wrong)
     page.get_by_text("Choose a picture that can be read").first.wait_for()
 
