@@ -70,7 +70,7 @@ LABEL_NAMES = ("category", "label", "class", "class index")
 PAD, UNK = 0, 1
 LSA_WIDTH = 32  # more dimensions tell the training texts apart, not the classes
 PARTS = 20  # of the training texts: the class evidence that one reads is counted in the others
-KEEP = 50_000  # words at the start of a vector file, its most frequent: for texts to come
+TOP = 50_000  # words at the start of a vector file, its most frequent: for texts to come
 MAX_LENGTH = 512  # tokens of a text; longer ones are cut
 TOKENIZE = get_tokenizer("basic_english")  # lower case, marks apart
 OPTIMIZER, ACTIVATION = torch.optim.AdamW, F.gelu
@@ -191,12 +191,12 @@ class Vocabulary(NamedTuple):
 
 
 def read_vectors(path: str, words: set[str]) -> dict[str, np.ndarray]:
-    """Vectors of `words`, and of the first KEEP, in lines `word v1 … vF`; at unit variance."""
+    """Vectors of `words`, and of the first TOP, in lines `word v1 … vF`; at unit variance."""
     with one_line(f"--vectors {path}", "Give a GloVe, fastText or word2vec text file, or none"):
         with open(path, encoding="utf-8", errors="replace") as file:
-            lines = [s for i, s in enumerate(file) if i < KEEP or s.split(" ")[0] in words]
-        widths = Counter(line.count(" ") for line in lines).most_common(1)
-        rows = (s.rstrip().split(" ") for s in lines if s.count(" ") == widths[0][0])
+            lines = [s.rstrip() for i, s in enumerate(file) if i < TOP or s.split(" ")[0] in words]
+        widths = Counter(line.count(" ") for line in lines).most_common(1)  # a header has another
+        rows = (line.split(" ") for line in lines if line.count(" ") == widths[0][0])
         found = {word: np.array(numbers, dtype=np.float32) for word, *numbers in rows}
         if words.isdisjoint(found) or not 0 < (spread := np.std([*found.values()])) < math.inf:
             raise ValueError("none of the texts' words, or numbers all the same, or not finite")

@@ -5,7 +5,7 @@ r"""What the twin VAEs are worth: peers on the same images, samples judged, a st
     python bench/vae.py peers   digits --data data/TibetanMNIST.npz --seconds 300
     python bench/vae.py samples digits --data data/TibetanMNIST.npz --out runs/vae_mnist
     python bench/vae.py samples faces  --data data/anime-faces.zip --out runs/vae_anime \
-        --cascade lbpcascade_animeface.xml
+        --cascade data/lbpcascade_animeface.xml
 
 `samples` judges the finished run's draws from its prior: digits by a classifier trained here on the
 labels, faces by OpenCV's cascade for anime faces (https://github.com/nagadomi/lbpcascade_animeface).

@@ -231,8 +231,8 @@ def vae_tab(script, out: Path, what: str) -> None:
     start = "1" if "1" in drawer.weights else drawer.weights[0]
     gr.Markdown(
         f"A variational autoencoder that learned {what}. λ is the weight of the KL in training: "
-        "where it is large the code says little of the image or nothing (posterior collapse), so "
-        "do the sliders (`--lambda 0 1 50 100` makes the runs to compare). Sliders and walk "
+        "where it is large the code says little of the image or nothing (posterior collapse): the "
+        "sliders do little (`--lambda 0 1 50 100` makes the runs to compare). Sliders and walk "
         "move the code alone: a face's detail is drawn anew, so they begin near its reconstruction."
     )
     weight = gr.Radio(drawer.weights, value=start, label="λ")

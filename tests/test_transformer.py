@@ -496,8 +496,8 @@ def test_missing_text_is_a_warning_with_a_count(here, capsys):
 
 @pytest.mark.parametrize("header", ["", "5000 4\n"], ids=["glove", "word2vec"])
 def test_vectors_are_found_and_read(here, header, monkeypatch, capsys):
-    monkeypatch.setattr(t, "KEEP", 3)
-    lines = ["the 1 2 3 4", "said -1e-3 .5 0 1", "a . . 9 9 9 9", "never-seen 0 0 0 0"]
+    monkeypatch.setattr(t, "TOP", 3)
+    lines = ["the 1 2 3 4", "said -1e-3 .5 0 1 ", "a . . 9 9 9 9", "never-seen 0 0 0 0"]
     Path("data/glove.tiny.txt").write_text(header + "\n".join(lines) + "\n", encoding="utf-8")
     vectors = t.read_vectors("data/glove.tiny.txt", {"the", "said", "a"})
     assert set(vectors) == {"the", "said"}  # a word with blanks inside is no word of the texts
