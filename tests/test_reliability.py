@@ -310,6 +310,8 @@ def test_not_finite(script, monkeypatch, capsys):
     line = the_line(capsys)
     assert stopped.value.code == 2 and "Lower --lr" in line
     assert re.search(r"epoch 2\b.*step \d", line), line
+    checkpoint = torch.load(folder_of(script, "cut") / "checkpoint.pt", weights_only=True)
+    assert len(checkpoint["history"]) == 1
     assert run(script, "--out", "cut", "--resume") == whole(script)
 
 
