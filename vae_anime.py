@@ -1,50 +1,70 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy==2.4.6", "pandas==3.1.1", "scikit-learn==1.9.1",
-#                 "matplotlib==3.11.2", "tqdm==4.70.1", "pillow==12.3.0", "filelock==4.2.12"]
+# dependencies = [
+#     "torch>=2.7",
+#     "numpy>=1.26",
+#     "pandas>=2.2",
+#     "scikit-learn>=1.2",
+#     "matplotlib>=3.7",
+#     "tqdm>=4.66",
+#     "pillow>=10",
+#     "filelock>=3.12",
+# ]
 # ///
-"""Learn colour images of anime faces with a variational autoencoder of two scales.
+"""Train a variational autoencoder (VAE) with hierarchical latents on colour images of anime faces.
 
-A code z gives a smooth image; p(detail|z), a ladder of codes, draws on it what z cannot hold:
+The encoder maps an image x to q(z|x), a Gaussian over 64 global latents z. A decoder maps z to a
+coarse image. Five groups of detail latents d_1 ... d_5, at 8 x 8 and 16 x 16 positions, then add
+what z cannot hold: each group has a prior p(d_i | z, d_<i), and a posterior q(d_i | x, z, d_<i)
+that also sees x (Sønderby et al. 2016; Child 2021):
 
-    p(x, detail, z) = p(x|z, detail) Π p(detail_i | z, detail_<i) p(z)
-    log p(x) >= E q [log p(x|z, detail)] - KL(q(z|x) || p(z)) - Σ E q [KL of detail_i]
-    loss      = reconstruction + λ KL, in nats per image; λ = 1 is the bound
+    p(x, d, z) = p(x|z, d) p(d_1|z) p(d_2|z, d_1) ... p(z)
+    log p(x) >= E_q [log p(x|z, d)] - KL(q(z|x) || p(z)) - Σ_i E_q [KL(q(d_i|...) || p(d_i|...))]
+    loss      = reconstruction + λ KL      in nats per image; at λ = 1 it is the negative ELBO
 
-(Kingma and Welling 2014, eq. 3; ladders: Sønderby et al. 2016, Child 2021.) z learns from λ KL and
-a likelihood of its smooth image alone. Training has one learned σ (Rybkin et al. 2021) and N(0, I)
-as p(z); then each frequency gets a σ, and, if λ > 0, p(z) 16 Gaussians, fitted to the codes by EM.
+Minimized is loss + |x - coarse image|² / (2 · 0.15²). z and its decoder learn from the last term
+and their KL alone, so that z holds colours and pose, and the detail latents cannot change what it
+means. During training p(x|z, d) is Gaussian with one learned σ (Rybkin et al. 2021), and p(z) is
+N(0, I). Afterwards
 
-    python vae_anime.py                      data/anime-faces.zip, else the bundled sample
-    python vae_anime.py --lambda 0 1 50 100  one model a λ, side by side
-    python vae_anime.py --sample 100         draw faces from the finished model
-    python vae_anime.py --evaluate FILE      score it on other images
+  - each spatial frequency gets the σ of its own errors (`fit_noise`), and
+  - p(z) becomes a mixture of 16 Gaussians fitted to the latents of the training images, if that
+    improves the ELBO of validation images (`fit_prior`).
 
-Each λ leaves figures, metrics.json and the model in runs/vae_anime/lambda-<λ>/. On 9,000 anime
-faces, λ = 1: 4.095 bits/dim (5.239 with one σ), 30.7 dB on test images (one thread, seed 0).
+Usage:
+
+    python vae_anime.py                       train on data/anime-faces.zip, or the bundled sample
+    python vae_anime.py --lambda 0 1 50 100   train one model per λ and compare them
+    python vae_anime.py --sample 100          sample faces from the finished model
+    python vae_anime.py --evaluate FILE       score the finished model on other images
+
+Each model leaves figures, metrics.json and a checkpoint in runs/vae_anime/lambda-<λ>/. On 9,000
+anime faces, λ = 1 reaches 4.095 bits/dim and 30.7 dB on test images (ten minutes on two CPU cores).
 """
 
 import contextlib
-import copy
 import hashlib
 import io
 import json
 import math
 import os
+import pickle
 import shlex
 import shutil
-import signal
-import subprocess
+import struct
 import sys
 import time
 import zipfile
-from argparse import ArgumentParser, Namespace
+import zlib
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read by torch: how long threads wait awake
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # how long OpenMP threads spin before they sleep
+os.environ["MPLBACKEND"] = "agg"  # what a notebook's ! command passes on may not be installed
 
 import numpy as np
 import pandas as pd
@@ -52,749 +72,1257 @@ import torch
 import torch.distributed as dist
 import torch.distributions as D
 import torch.nn.functional as F
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.mixture import GaussianMixture
 from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-SCRIPT, VERSION = "vae_anime", "vae_anime 7"  # the checkpoint's; count up with the network
-DATA = "anime-faces.zip"
-SOURCE = "The real anime-faces.zip is the course's file; put it into data/ beside the script"
-SHAPE = (3, 64, 64)  # channels, rows, columns
-LEVELS = 256  # every value of a byte
-LATENT_DIM = 64  # of the global code
-WIDTH, DETAIL = 64, 8  # channels of the detail's network; channels of each of its codes
-SMOOTH_SIGMA = 0.15  # of the smooth image's own likelihood: the larger, the less z has to tell
-LADDER = (8, 8, 8, 16, 16)  # rows and columns of each code, from coarse to fine
-PRIOR_GAUSSIANS = 16  # in the learned prior; 64 would learn the codes by heart
-EPOCHS = 8
-LEARNING_RATE = 2e-3
-EPSILON = 1e-2  # of Adam: with 1e-8 a ladder silenced by a large λ drifts till its KL explodes
-MAX_NORM = 3000.0  # of the gradient
-TEMPERATURE = 0.9  # of draws
-TERMS = ("reconstruction", "kl", "loss")  # of training: loss = reconstruction + λ KL
-ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2016)
-IWAE_IMAGES = 100  # that its bound is taken of
-MAX_BYTES, MAX_PIXELS = 2**25, 2**24  # of one image file, and of the image in it
+SCRIPT = Path(globals().get("__file__", "vae_anime.py")).resolve()  # a notebook has no __file__
+DATA_FILE = SCRIPT.parent / "data" / "anime-faces.zip"
+SAMPLE_FILE = SCRIPT.parent / "data" / "sample" / "anime-faces.zip"
+CHECKPOINT_VERSION = "vae_anime 8"  # increase it whenever the network changes
+
+# torchrun starts WORLD_SIZE processes and numbers them; a plain run is one process.
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+SIZE = 64  # images are RGB, SIZE x SIZE
+DIMENSIONS = 3 * SIZE * SIZE
+
+# Network
+WIDTH = 64  # channels of the network of the detail latents
+DETAIL_CHANNELS = 8  # of each group of detail latents
+DETAIL_SIZES = (8, 8, 8, 16, 16)  # rows and columns of each group
+PRIOR_COMPONENTS = 16  # 64 would memorize the training latents
+
+# Noise
+COARSE_SIGMA = 0.15  # of the coarse image's own likelihood; a larger one asks less of z
+# The density of a value times 1/255, the distance of two bytes, is a probability: at most 1.
+MIN_SIGMA = 1 / (math.sqrt(2 * math.pi) * 255)
+
+# Optimization
+ADAM_BETAS = (0.9, 0.99)
+# Once a large λ has silenced the detail latents, their gradients are nearly 0. With Adam's usual ε
+# of 1e-8 it would still take full steps, until the KL explodes.
+ADAM_EPSILON = 1e-2
+MAX_GRAD_NORM = 3000.0
+
+# Evaluation
+EVAL_BATCH = 250
+NOISE_IMAGES = 4096  # training images whose errors give the final σ, at most
+PRIOR_IMAGES = 16384  # training images that the mixture is fitted to, at most
+TERMS = ("reconstruction", "kl", "loss")  # loss = reconstruction + λ KL
+ACTIVE_VARIANCE = 0.01  # a latent unit is active if its mean varies more (Burda et al. 2016)
+MAX_BYTES = 2**25  # of one image file
+MAX_PIXELS = 2**24  # of one image
+
+# What zipfile, Pillow and torch raise over a file that is missing or damaged
+READ_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    SyntaxError,
+    RuntimeError,
+    OverflowError,
+    MemoryError,
+    NotImplementedError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    Image.DecompressionBombError,
+    pickle.UnpicklingError,
+)
 
 
-# data: files -> uint8 images -> batches of pixels in [0, 1] ---------------------------------------
+# Same in all four scripts
+class UserError(Exception):
+    """A mistake that the user can fix. `main` prints it as one line, without a traceback."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of one model; each is explained at its flag in `parse_args`."""
+
+    kl_weight: float = 1.0  # λ
+    latent_dim: int = 64
+    prior: str = "learned"
+    epochs: int = 8
+    batch_size: int = 32
+    lr: float = 2e-3
+    seed: int = 0
+    limit: int | None = None
+    data_sha256: str = ""  # known once the data is read
+
+    data: Path | None = None
+    out: Path = Path("runs/vae_anime")
+    resume: bool = False
+    evaluate: Path | None = None
+    sample: int | None = None
+    temperature: float = 0.9
+    image: int = 0
+    device: str = "auto"
+
+    @property
+    def settings(self) -> dict:
+        """What decides the result. A run can only be resumed with the same settings."""
+        free = ("data", "out", "resume", "evaluate", "sample", "temperature", "image", "device")
+        return {name: value for name, value in asdict(self).items() if name not in free}
+
+    @property
+    def folder(self) -> Path:
+        return self.out / f"lambda-{self.kl_weight:g}"
+
+
+# Data ---------------------------------------------------------------------------------------------
+# Same in vae_mnist.py
 def find_data(given: Path | None) -> Path:
-    """The file to read: the one given, else in data/ beside the script, else the bundled sample."""
-    real, sample = HERE / "data" / DATA, HERE / "data" / "sample" / DATA
-    path = given or (real if real.exists() else sample)
-    print(f"data      {path}" + (f", the bundled sample. {SOURCE}" if path == sample else ""))
+    """Return the file to read: the given one, else the one in data/, else the bundled sample."""
+    path = given or (DATA_FILE if DATA_FILE.exists() else SAMPLE_FILE)
+    source = f"The real file is the course's; put it into {DATA_FILE}"
+    if not path.exists():
+        raise UserError(f"{path}: no such file. {source}, or name a file with --data")
+    log(f"data      {path}" + (f", the bundled sample. {source}" if path == SAMPLE_FILE else ""))
     return path
 
 
-def load_images(path: Path) -> tuple[np.ndarray, str]:
-    """The PNG and JPEG images of a zip file or folder as RGB, uint8 (N, 3, 64, 64); the sha256."""
-    images = {}
-    with one_line(path, "Give a zip file or a folder of PNG or JPEG images"):
-        archive = None if path.is_dir() else zipfile.ZipFile(path)
-        files = archive.namelist() if archive else path.rglob("*")
-        opened = archive.open if archive else partial(open, mode="rb")
-        names = [n for n in map(str, files) if n.lower().endswith((".png", ".jpg", ".jpeg"))]
-        for name in sorted(names):
-            with contextlib.suppress(Exception), opened(name) as file:  # Pillow raises anything
-                image = Image.open(io.BytesIO(file.read(MAX_BYTES)), formats=("PNG", "JPEG"))
-                if image.width * image.height <= MAX_PIXELS and image.mode[0] != "I":  # I: 16 bits
-                    pixels = image.convert("RGB").resize(SHAPE[:0:-1], Image.Resampling.BOX)
-                    images[name] = np.asarray(pixels).transpose(2, 0, 1)
+def load_images(path: Path) -> tuple[Tensor, str]:
+    """Read the PNG and JPEG images of a zip file, or of a folder and the folders in it.
+
+    Returns RGB images in the order of their names, uint8 (N, 3, 64, 64), and the sha256 of the zip
+    file or of the folder's images. Counts what cannot be read; raises UserError if nothing can.
+    """
+    images = []
+    unread = []
+    try:
+        files = find_files(path)
+        for name in sorted(files):
+            try:
+                with files[name]() as file:
+                    images.append(read_image(file.read(MAX_BYTES)))
+            except READ_ERRORS:
+                unread.append(name)
         if not images:
             raise ValueError("no PNG or JPEG image in it that can be read")
-    if unread := sorted(set(names) - set(images)):
-        print(f"warning   {path}: {len(unread)} images cannot be read, such as {unread[0]!r}")
-    stacked = np.stack([*images.values()])
-    return stacked, hashlib.sha256(path.read_bytes() if archive else stacked.tobytes()).hexdigest()
+        if unread:
+            log(f"warning   {path}: {len(unread)} images cannot be read, such as {unread[0]!r}")
+        stacked = np.stack(images)
+        sha256 = hashlib.sha256(stacked).hexdigest() if path.is_dir() else sha256_of(path)
+    except READ_ERRORS as error:
+        advice = "Give a zip file or a folder of PNG or JPEG images"
+        raise UserError(f"{path}: {reason(error)}. {advice}") from error
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous(), sha256
 
 
-def split_images(images: np.ndarray, seed: int, limit: int | None) -> dict[str, Tensor]:
-    """Deal at most `limit` images at random: 80% for training, 10% and 10%, or 5,000 if fewer."""
-    order = torch.randperm(len(images), generator=Generator().manual_seed(seed))[:limit]
+def find_files(path: Path) -> dict[str, Callable[[], BinaryIO]]:
+    """Return a function for each PNG or JPEG file in a zip file or folder, which opens it."""
+    if path.is_dir():
+        files = {str(file): partial(open, file, "rb") for file in path.rglob("*")}
+    else:
+        archive = zipfile.ZipFile(path)
+        files = {name: partial(archive.open, name) for name in archive.namelist()}
+    endings = (".png", ".jpg", ".jpeg")
+    return {name: file for name, file in files.items() if name.lower().endswith(endings)}
+
+
+def read_image(content: bytes) -> np.ndarray:
+    """Decode a PNG or JPEG file to RGB, uint8 (64, 64, 3)."""
+    image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"more than {MAX_PIXELS} pixels")
+    if image.mode.startswith("I"):
+        raise ValueError("16 bits per value")
+    image = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)
+    return np.asarray(image)
+
+
+# Same in vae_mnist.py
+def split_images(images: Tensor, config: Config) -> dict[str, Tensor]:
+    """Split at random into 10% test, 10% validation (at most 5,000 each) and the rest."""
+    order = torch.randperm(len(images), generator=Generator().manual_seed(config.seed))
+    order = order[: config.limit]
     if len(order) < 20:
-        fail(f"{len(order)} images are too few to split. Give 20 or more")
+        raise UserError(f"{len(order)} images are too few to split. Give 20 or more")
+
     tenth = min(len(order) // 10, 5000)
-    parts = order.split([tenth, tenth, len(order) - 2 * tenth])
-    test, validation, train = (torch.from_numpy(images[rows.numpy()]) for rows in parts)
-    return {"train": train, "validation": validation, "test": test}
+    test, validation, train = order.split([tenth, tenth, len(order) - 2 * tenth])
+    return {"train": images[train], "validation": images[validation], "test": images[test]}
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Values 0 to 255 -> LEVELS evenly spaced values from 0 to 1, laid out channels last."""
-    pixels = (images.float() * (LEVELS / 256)).floor() / (LEVELS - 1)
-    return pixels.contiguous(memory_format=torch.channels_last)
+    """Values 0 to 255 -> 0.0 to 1.0."""
+    return (images.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
 def augment(images: Tensor, generator: Generator) -> Tensor:
-    """Mirror each of the images (B, 3, 64, 64) with probability ½."""
+    """Mirror each of the images (B, 3, 64, 64) with probability 1/2."""
     mirrored = torch.rand(len(images), generator=generator) < 0.5
     return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 
-# model --------------------------------------------------------------------------------------------
+# Model --------------------------------------------------------------------------------------------
+# Same in vae_mnist.py
 class Residual(nn.Module):
-    """x + conv(silu(conv(silu(x)))), at the start x (He et al. 2016, fig. 4e)."""
+    """x + conv(silu(conv(silu(x)))); the identity at initialization (He et al. 2016, fig. 4e)."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-        nn.init.zeros_(self.second.weight)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(F.silu(self.first(F.silu(x))))
+        h = self.conv1(F.silu(x))
+        return x + self.conv2(F.silu(h))
 
 
-def upsample(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
-    """Layers (B, inputs, H, W) -> (B, outputs, 2 H, 2 W)."""
-    return nn.Conv2d(inputs, 4 * outputs, 3, padding=1), nn.PixelShuffle(2)
+# Same in vae_mnist.py
+class Upsample(nn.Sequential):
+    """(B, in_channels, H, W) -> (B, out_channels, 2H, 2W)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        conv = nn.Conv2d(in_channels, 4 * out_channels, 3, padding=1)
+        super().__init__(conv, nn.PixelShuffle(2))
 
 
-def gaussian(mu: Tensor, logvar: Tensor) -> D.Independent:
-    """N(μ, diag σ²) of a batch, in float32; σ near 0 would make a KL that ends the training."""
-    scale = (0.5 * logvar.float().clamp(-10.0, 5.0)).exp()
-    return D.Independent(D.Normal(mu.float(), scale, validate_args=False), mu.dim() - 1)
+# Same in vae_mnist.py
+def diagonal_gaussian(mu: Tensor, logvar: Tensor) -> D.Independent:
+    """N(μ, diag σ²) for each item of a batch, in float32. σ is at least e^-5: the KL is ∞ at 0."""
+    sigma = (0.5 * logvar.float().clamp(-10.0, 5.0)).exp()
+    return D.Independent(D.Normal(mu.float(), sigma, validate_args=False), mu.dim() - 1)
 
 
-class Prior(nn.Module):
-    """p(z): N(0, I) in training; `fit_prior` makes it K Gaussians with full covariance."""
+# Same in vae_mnist.py
+def reparameterize(q: D.Independent, generator: Generator) -> Tensor:
+    """Sample z = μ + σ ε with ε ~ N(0, I), differentiable in both (Kingma and Welling, 2.4)."""
+    noise = torch.empty_like(q.mean).normal_(generator=generator)
+    return q.mean + q.base_dist.stddev * noise
 
-    def __init__(self, latent_dim: int, count: int):
+
+# Same in vae_mnist.py
+class NormalPrior(nn.Module):
+    """p(z) = N(0, I)."""
+
+    def __init__(self, latent_dim: int):
         super().__init__()
-        self.weights = nn.Parameter(torch.full((count,), 1 / count), False)  # (K,)
-        self.loc = nn.Parameter(torch.zeros(count, latent_dim), False)
-        self.scale_tril = nn.Parameter(torch.eye(latent_dim).repeat(count, 1, 1), False)
+        self.latent_dim = latent_dim
 
-    def forward(self, temperature: float = 1.0) -> D.Distribution:
-        """p(z), each Gaussian's standard deviations times `temperature`."""
-        if self.training:
-            return gaussian(*torch.zeros(2, 1, self.loc.shape[1]).to(self.loc))
-        spread = temperature * self.scale_tril
-        gaussians = D.MultivariateNormal(self.loc, scale_tril=spread, validate_args=False)
-        return D.MixtureSameFamily(D.Categorical(self.weights), gaussians, validate_args=False)
+    def kl(self, q: D.Independent) -> Tensor:
+        """KL(q || p), (B,) (Kingma and Welling 2014, appendix B)."""
+        return 0.5 * (q.mean.square() + q.variance - 1 - q.variance.log()).sum(dim=1)
 
-
-@D.register_kl(D.Independent, D.MixtureSameFamily)
-def kl_to_mixture(q: D.Independent, p: D.MixtureSameFamily) -> Tensor:
-    """KL(q ‖ p), (B,); an upper bound, as -ln Σ w exp(E[ln N]) is above E[-ln p(z)] (Jensen)."""
-    gaussians = p.component_distribution
-    trace = q.variance @ gaussians.precision_matrix.diagonal(dim1=1, dim2=2).T  # (B, K)
-    expected = gaussians.log_prob(q.mean[:, None]) - 0.5 * trace  # E[ln N_j(z)], (B, K)
-    return -(p.mixture_distribution.logits + expected).logsumexp(1) - q.entropy()
+    def sample(self, count: int, temperature: float, generator: Generator) -> Tensor:
+        """Sample (count, k) with all standard deviations multiplied by `temperature`."""
+        size = (count, self.latent_dim)
+        return temperature * torch.randn(size, generator=generator, device=generator.device)
 
 
-class Rung(nn.Module):
-    """One code of the ladder: its p and q, and what it adds to the features h (B, WIDTH, s, s)."""
+# Same in vae_mnist.py
+class MixturePrior(nn.Module):
+    """p(z) = Σ_j w_j N(z; μ_j, L_j L_jᵀ), a mixture of K Gaussians."""
 
-    def __init__(self):
+    def __init__(self, weights: Tensor, means: Tensor, scale_tril: Tensor):
         super().__init__()
-        self.p = nn.Sequential(Residual(WIDTH), nn.SiLU(), nn.Conv2d(WIDTH, 2 * DETAIL, 3, 1, 1))
-        joined = nn.Conv2d(2 * WIDTH, WIDTH, 1), Residual(WIDTH), nn.SiLU()
-        self.q = nn.Sequential(*joined, nn.Conv2d(WIDTH, 2 * DETAIL, 3, 1, 1))
-        self.add, self.mix = nn.Conv2d(DETAIL, WIDTH, 3, 1, 1), Residual(WIDTH)
+        self.register_buffer("weights", weights.float())  # w, (K,)
+        self.register_buffer("means", means.float())  # μ, (K, k)
+        self.register_buffer("scale_tril", scale_tril.float())  # L, (K, k, k)
 
-    def forward(self, h: Tensor, seen: Tensor | None, temperature: float) -> tuple[Tensor, tuple]:
-        """The next h, and (code, q, p); without features `seen` of x the code is drawn from p."""
-        p = q = gaussian(*self.p(h).chunk(2, 1))
-        if seen is not None:
-            q = gaussian(*self.q(torch.cat([h, seen], 1)).chunk(2, 1))
-        code = q.mean + temperature * q.stddev * torch.randn_like(q.mean)
-        return self.mix(h + self.add(code)), (code, q, p)
+    def kl(self, q: D.Independent) -> Tensor:
+        """An upper bound on KL(q || p), (B,), which has no closed form. The ELBO stays a bound.
 
+        By Jensen's inequality E_q[log Σ_j w_j N_j(z)] >= log Σ_j w_j exp(E_q[log N_j(z)]), and
+        E_q[log N_j(z)] = log N_j(μ) - 1/2 Σ_i P_ii σ_i², where P is the precision of N_j.
+        """
+        gaussians = D.MultivariateNormal(
+            self.means, scale_tril=self.scale_tril, validate_args=False
+        )
+        precision = gaussians.precision_matrix.diagonal(dim1=1, dim2=2)  # (K, k)
+        expected_log_prob = gaussians.log_prob(q.mean[:, None]) - 0.5 * q.variance @ precision.T
+        cross_entropy = -(self.weights.log() + expected_log_prob).logsumexp(dim=1)
+        return cross_entropy - q.entropy()
 
-class Pixels(NamedTuple):
-    """p(x|z, detail), Gaussian in the frequencies of x, and the smooth image that z alone makes."""
-
-    mean: Tensor  # (B, 3, 64, 64)
-    sigma: Tensor  # of each frequency, (3, 64, 64); one for all, (), while it trains
-    smooth: Tensor  # (B, 3, 64, 64)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x|z, detail) of x (B, 3, 64, 64), (B,) (Kingma and Welling 2014, eq. 12)."""
-        errors = frequencies(self.mean - x)
-        return D.Normal(0.0, self.sigma, validate_args=False).log_prob(errors).flatten(1).sum(1)
+    def sample(self, count: int, temperature: float, generator: Generator) -> Tensor:
+        """Sample (count, k) with all standard deviations multiplied by `temperature`."""
+        j = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        noise = torch.empty_like(self.means[j]).normal_(generator=generator)  # (count, k)
+        return self.means[j] + temperature * torch.einsum("nij,nj->ni", self.scale_tril[j], noise)
 
 
 def frequencies(images: Tensor) -> Tensor:
-    """The orthonormal cosine transform (Ahmed et al. 1974) over colours, rows and columns."""
-    numbers = (torch.arange(size, device=images.device) for size in SHAPE[:2])
-    waves = ((math.pi / len(n) * n.outer(n + 0.5)).cos() for n in numbers)
-    colours, places = (F.normalize(wave) for wave in waves)  # a frequency a row
-    return places @ torch.einsum("dc,bchw->bdhw", colours, images) @ places.T
+    """The orthonormal cosine transform (DCT-II, Ahmed et al. 1974) of rows and columns.
+
+    The three colours are transformed as well, into brightness and two differences of colour.
+    """
+
+    def basis(size: int) -> Tensor:
+        """Row n is the n-th cosine, sampled at `size` positions, of length 1."""
+        n = torch.arange(size, device=images.device)
+        return F.normalize((math.pi / size * n.outer(n + 0.5)).cos())
+
+    colours = torch.einsum("dc,bchw->bdhw", basis(3), images)
+    return basis(SIZE) @ colours @ basis(SIZE).T
+
+
+class SharedNoise(nn.Module):
+    """log p(x|z, d) with one learned σ for all values of all images."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_sigma = nn.Parameter(torch.tensor(-1.5))
+
+    def log_prob(self, error: Tensor) -> Tensor:
+        """The log density of x - mean, (B, 3, 64, 64) -> (B,) (Kingma and Welling 2014, eq. 12)."""
+        normal = D.Normal(0.0, self.log_sigma.exp(), validate_args=False)
+        return normal.log_prob(error).flatten(1).sum(dim=1)
+
+
+class FrequencyNoise(nn.Module):
+    """log p(x|z, d) with a σ for each frequency of the image, fitted after training."""
+
+    def __init__(self, sigma: Tensor):
+        super().__init__()
+        self.register_buffer("sigma", sigma)  # (3, 64, 64)
+
+    def log_prob(self, error: Tensor) -> Tensor:
+        """The log density of x - mean, (B, 3, 64, 64) -> (B,). The transform keeps volumes."""
+        normal = D.Normal(0.0, self.sigma, validate_args=False)
+        return normal.log_prob(frequencies(error)).flatten(1).sum(dim=1)
+
+
+class DetailGroup(nn.Module):
+    """One group of detail latents d_i, (B, DETAIL_CHANNELS, size, size).
+
+    h (B, WIDTH, size, size) holds the features of z and of the groups above.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+        self.prior_net = nn.Sequential(
+            Residual(WIDTH), nn.SiLU(), nn.Conv2d(WIDTH, 2 * DETAIL_CHANNELS, 3, padding=1)
+        )
+        self.posterior_net = nn.Sequential(
+            nn.Conv2d(2 * WIDTH, WIDTH, 1),
+            Residual(WIDTH),
+            nn.SiLU(),
+            nn.Conv2d(WIDTH, 2 * DETAIL_CHANNELS, 3, padding=1),
+        )
+        self.widen = nn.Conv2d(DETAIL_CHANNELS, WIDTH, 3, padding=1)
+        self.mix = Residual(WIDTH)
+
+    def enter(self, h: Tensor, coarse_features: Tensor) -> Tensor:
+        """Bring h to this group's size, and add the features of the coarse image."""
+        h = F.interpolate(h, self.size)
+        return h + F.adaptive_avg_pool2d(coarse_features, self.size)
+
+    def prior(self, h: Tensor) -> D.Independent:
+        """p(d_i | z, d_<i)."""
+        mu, logvar = self.prior_net(h).chunk(2, dim=1)
+        return diagonal_gaussian(mu, logvar)
+
+    def posterior(self, h: Tensor, image_features: Tensor) -> D.Independent:
+        """q(d_i | x, z, d_<i)."""
+        seen = F.adaptive_avg_pool2d(image_features, self.size)
+        mu, logvar = self.posterior_net(torch.cat([h, seen], dim=1)).chunk(2, dim=1)
+        return diagonal_gaussian(mu, logvar)
+
+    def leave(self, h: Tensor, detail: Tensor) -> Tensor:
+        """Add the sampled latents to the features."""
+        return self.mix(h + self.widen(detail))
+
+
+class Detail(NamedTuple):
+    """One group's latents, sampled from `posterior`: (B, DETAIL_CHANNELS, s, s)."""
+
+    sample: Tensor
+    posterior: D.Independent  # q(d_i | x, z, d_<i)
+    prior: D.Independent  # p(d_i | z, d_<i)
+
+
+class Inference(NamedTuple):
+    """The output for a batch of images, with all latents sampled from q."""
+
+    mean: Tensor  # of p(x|z, d), (B, 3, 64, 64)
+    coarse: Tensor  # the image that z makes alone, (B, 3, 64, 64)
+    kl: Tensor  # of z and all details, (B,) nats
+    z: Tensor  # (B, k)
+    details: list[Detail]  # one for each group
+
+
+class Losses(NamedTuple):
+    """Three terms for each image, (B,) nats."""
+
+    reconstruction: Tensor  # -log p(x|z, d)
+    kl: Tensor
+    coarse: Tensor  # the squared error that trains z and its decoder
 
 
 class VAE(nn.Module):
-    """p(x, z, detail): z gives a smooth image, p(detail|z) starts from it; and q(z, detail|x)."""
+    """Encoder q(z|x), prior p(z), decoder of z, groups of detail latents, and p(x|z, d)."""
 
-    def __init__(self, latent_dim: int, learned_prior: bool):
+    def __init__(self, latent_dim: int):
         super().__init__()
-        # x (B, 3, 64, 64) -> mu and logvar of q(z|x) beside each other, (B, 2k)
-        quarter = nn.Conv2d(3, 32, 4, 4), Residual(32), Residual(32)  # (B, 32, 16, 16)
-        eighth = nn.Conv2d(32, 64, 4, 2, 1), Residual(64), Residual(64)  # (B, 64, 8, 8)
-        codes = nn.SiLU(), nn.Flatten(), nn.Linear(64 * 64, 2 * latent_dim)
-        self.encoder = nn.Sequential(*quarter, *eighth, *codes)
-        # z (B, k) -> what it adds to the mean image, (B, 3, 64, 64)
-        eighth = nn.Linear(latent_dim, 64 * 64), nn.Unflatten(1, (64, 8, 8))
-        quarter = Residual(64), Residual(64), *upsample(64, 32)  # (B, 32, 16, 16)
-        half = Residual(32), Residual(32), *upsample(32, 16), nn.SiLU()  # (B, 16, 32, 32)
-        self.decoder = nn.Sequential(*eighth, *quarter, *half, *upsample(16, 3))
-        self.prior = Prior(latent_dim, PRIOR_GAUSSIANS if learned_prior else 1)
-        # (B, 3 or 6, 64, 64) -> (B, WIDTH, 16, 16)
-        self.look = nn.Sequential(nn.Conv2d(3, WIDTH, 4, 4), Residual(WIDTH), Residual(WIDTH))
-        self.compare = nn.Sequential(nn.Conv2d(6, WIDTH, 4, 4), Residual(WIDTH), Residual(WIDTH))
-        self.ladder = nn.ModuleList(Rung() for _ in LADDER)
-        half = Residual(WIDTH), *upsample(WIDTH, 32), Residual(32), nn.SiLU()  # (B, 32, 32, 32)
-        self.paint = nn.Sequential(*half, *upsample(32, 3))
-        nn.init.zeros_(self.paint[-2].weight)
-        self.log_sigma = nn.Parameter(torch.tensor(-1.5))
-        self.register_buffer("batches", torch.zeros(()))  # that squares has seen
-        self.register_buffer("squares", torch.ones(SHAPE))  # mean squared error by frequency
-        self.register_buffer("mean_image", torch.zeros(SHAPE))
+        self.latent_dim = latent_dim
+        self.encoder = nn.Sequential(  # (B, 3, 64, 64) -> mu and logvar, (B, 2k)
+            nn.Conv2d(3, 32, 4, stride=4),
+            Residual(32),
+            Residual(32),
+            nn.Conv2d(32, 64, 4, stride=2, padding=1),
+            Residual(64),
+            Residual(64),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 8 * 8, 2 * latent_dim),
+        )
+        self.decoder = nn.Sequential(  # (B, k) -> coarse image, (B, 3, 64, 64)
+            nn.Linear(latent_dim, 64 * 8 * 8),
+            nn.Unflatten(1, (64, 8, 8)),
+            Residual(64),
+            Residual(64),
+            Upsample(64, 32),
+            Residual(32),
+            Residual(32),
+            Upsample(32, 16),
+            nn.SiLU(),
+            Upsample(16, 3),
+        )
+        self.coarse_encoder = nn.Sequential(  # coarse image -> (B, WIDTH, 16, 16)
+            nn.Conv2d(3, WIDTH, 4, stride=4), Residual(WIDTH), Residual(WIDTH)
+        )
+        self.image_encoder = nn.Sequential(  # x and its error as coarse image -> the same size
+            nn.Conv2d(6, WIDTH, 4, stride=4), Residual(WIDTH), Residual(WIDTH)
+        )
+        self.groups = nn.ModuleList([DetailGroup(size) for size in DETAIL_SIZES])
+        self.detail_decoder = nn.Sequential(  # (B, WIDTH, 16, 16) -> change of the coarse image
+            Residual(WIDTH), Upsample(WIDTH, 32), Residual(32), nn.SiLU(), Upsample(32, 3)
+        )
+        nn.init.zeros_(self.detail_decoder[-1][0].weight)
+        self.prior = NormalPrior(latent_dim)
+        self.noise = SharedNoise()
+        self.register_buffer("mean_image", torch.zeros(3, SIZE, SIZE))
         self.to(memory_format=torch.channels_last)
 
-    def encode(self, x: Tensor, kl_weight: float | None = None) -> D.Independent:
-        """q(z|x) of x (B, 3, 64, 64) in [0, 1], at every λ as the encoder says."""
+    def encode(self, x: Tensor) -> D.Independent:
+        """x (B, 3, 64, 64) in [0, 1] -> q(z|x), a Gaussian over (B, k)."""
         with autocast(x.device):
-            return gaussian(*self.encoder(x - self.mean_image).chunk(2, 1))
+            mu, logvar = self.encoder(x - self.mean_image).chunk(2, dim=1)
+        return diagonal_gaussian(mu, logvar)
 
-    def decode(self, z: Tensor, x: Tensor | None = None, temperature: float = 1.0) -> tuple:
-        """p(x|z, detail), and of each detail (code, q, p): drawn from q(·|x), without x from p."""
+    def infer(self, x: Tensor, q: D.Independent, generator: Generator) -> Inference:
+        """Sample z from q = q(z|x), and each group of detail latents from its posterior."""
+        z = reparameterize(q, generator)
+        kl = self.prior.kl(q)
+        details = []
+        with autocast(x.device):
+            coarse = self.mean_image + self.decoder(z)
+            start = coarse.detach()  # so that the detail latents cannot change what z means
+            coarse_features = self.coarse_encoder(start - 0.5)
+            image_features = self.image_encoder(torch.cat([x - 0.5, 3 * (x - start)], dim=1))
+
+            h = torch.zeros_like(coarse_features)
+            for group in self.groups:
+                h = group.enter(h, coarse_features)
+                prior = group.prior(h)
+                posterior = group.posterior(h, image_features)
+                sample = reparameterize(posterior, generator)
+                details.append(Detail(sample, posterior, prior))
+                kl = kl + D.kl_divergence(posterior, prior)
+                h = group.leave(h, sample)
+            mean = start + self.detail_decoder(h)
+        return Inference(mean, coarse, kl, z, details)
+
+    def decode(self, z: Tensor, temperature: float, generator: Generator) -> Tensor:
+        """z (B, k) -> the mean of p(x|z, d), (B, 3, 64, 64), with d sampled from its priors.
+
+        The standard deviations of the detail latents are multiplied by `temperature`.
+        """
         with autocast(z.device):
-            smooth = self.mean_image + self.decoder(z)
-            start = smooth.detach()  # so that detail cannot bend what z means
-            look, details = self.look(start - 0.5), []
-            seen = None if x is None else self.compare(torch.cat([x - 0.5, 3 * (x - start)], 1))
-            h = torch.zeros_like(look)
-            for size, rung in zip(LADDER, self.ladder, strict=True):
-                h = F.interpolate(h, size) + F.adaptive_avg_pool2d(look, size)
-                at_size = None if x is None else F.adaptive_avg_pool2d(seen, size)
-                h, detail = rung(h, at_size, temperature)
-                details.append(detail)
-            painted = start + self.paint(h)
-        least = 1 / (math.sqrt(2 * math.pi) * 255)  # a narrower density bounds no whole values
-        sigma = self.log_sigma.exp() if self.training else self.squares.sqrt().clamp_min(least)
-        return Pixels(painted, sigma, smooth), details
+            start = self.mean_image + self.decoder(z)
+            coarse_features = self.coarse_encoder(start - 0.5)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruction -log p(x|z, detail) and KL, (B,) each, whose gradients train all of it."""
-        pixels, kl, _ = infer(self, x, self.encode(x))
-        squares = frequencies(pixels.mean - x).detach().square().mean(0)
-        self.batches += 1
-        self.squares.lerp_(squares, (1 / self.batches).clamp_min(0.01))  # of the last hundred steps
-        guide = (pixels.smooth - x).square().flatten(1).sum(1) / (2 * SMOOTH_SIGMA**2)
-        return guide - guide.detach() - pixels.log_prob(x), kl  # of guide the gradient alone
+            h = torch.zeros_like(coarse_features)
+            for group in self.groups:
+                h = group.enter(h, coarse_features)
+                prior = group.prior(h)
+                noise = torch.empty_like(prior.mean).normal_(generator=generator)
+                h = group.leave(h, prior.mean + temperature * prior.stddev * noise)
+            return start + self.detail_decoder(h)
+
+    def forward(self, x: Tensor, generator: Generator) -> Losses:
+        """The terms of the loss for images (B, 3, 64, 64) in [0, 1]."""
+        output = self.infer(x, self.encode(x), generator)
+        reconstruction = -self.noise.log_prob(x - output.mean)
+        squared_error = (output.coarse - x).square().flatten(1).sum(dim=1)
+        return Losses(reconstruction, output.kl, squared_error / (2 * COARSE_SIGMA**2))
 
 
-# objective (nats per image) -----------------------------------------------------------------------
-def bits_per_dim(pixels: Pixels, x: Tensor, kl: Tensor) -> dict[str, Tensor]:
-    """The bound in bits per dimension, as it is and with one σ for all frequencies, (B,) each."""
-    one = pixels._replace(sigma=pixels.sigma.square().mean().sqrt())
-    own, shared = ((kl - p.log_prob(x)) / math.prod(SHAPE) / math.log(2) for p in (pixels, one))
-    # 8 is log2 256, as is custom; 255 steps lie between the levels: exactly log2(256/255) less
-    return {"bits_per_dim": own + 8, "bits_per_dim_one_sigma": shared + 8}
+# Training -----------------------------------------------------------------------------------------
+# Same in vae_mnist.py
+def count_batches(images: Tensor, config: Config) -> int:
+    """The batches of an epoch. An incomplete last one is left out, unless it is the only one."""
+    return max(1, len(images) // config.batch_size)
 
 
-def infer(model: VAE, x: Tensor, q: D.Independent) -> tuple:
-    """p(x|codes), their KL(q ‖ p), (B,), and (code, q, p) of each, drawn from q; first of z."""
-    z = q.rsample()
-    pixels, details = model.decode(z, x)
-    codes = [(z, q, model.prior()), *details]
-    kl = sum(D.kl_divergence(q, p) for _, q, p in codes)  # Kingma and Welling 2014, appendix B
-    return pixels, kl, codes
+# Same in vae_mnist.py, lab4/cvae.py
+def learning_rate(step: int, total_steps: int, peak: float) -> float:
+    """Cosine decay to 0, and a linear warm-up over the first tenth of the steps."""
+    warmup = 10 * (step + 1) / total_steps
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / total_steps)
+    return peak * min(warmup, cosine)
 
 
-@torch.no_grad()
-def iwae_bound(model: VAE, x: Tensor, q: D.Independent, samples: int) -> Tensor:
-    """log 1/K Σ p(x, codes) / q(codes|x), (B,), of K samples (Burda et al. 2016, eq. 8)."""
-    log_weights = []
-    for _ in range(samples):
-        pixels, _, codes = infer(model, x, q)
-        ratios = (p.log_prob(code) - q.log_prob(code) for code, q, p in codes)
-        log_weights.append(pixels.log_prob(x) + sum(ratios))
-    return torch.stack(log_weights).logsumexp(0) - math.log(samples)
+def train(
+    model: VAE, images: dict[str, Tensor], config: Config, checkpoint: dict | None, bar: tqdm
+) -> list[dict]:
+    """Train for config.epochs epochs, or those that are left. Return a row of losses for each."""
+    optimizer = torch.optim.Adam(model.parameters(), betas=ADAM_BETAS, eps=ADAM_EPSILON, fused=True)
+    history = []
+    started = time.monotonic()
+    if checkpoint:
+        restore(model, checkpoint, config.folder)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        history = checkpoint["history"]
+        started -= history[-1]["seconds"]
+    network = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
 
+    device = model.mean_image.device
+    batches_per_epoch = count_batches(images["train"], config)
+    total_steps = config.epochs * batches_per_epoch
+    step = len(history) * batches_per_epoch
+    bar.update(step)
 
-# train and evaluate -------------------------------------------------------------------------------
-def train(model: VAE, images: dict, args: Namespace, state: dict, save: Callable, bar) -> None:
-    """Minimise reconstruction + λ KL, on from `state`."""
-    device, first = model.mean_image.device, len(state["history"])
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, (0.9, 0.99), EPSILON, fused=True)
-    per_epoch = len(images["train"]) // args.batch_size  # a batch that is not full is left out
-    steps = args.epochs * per_epoch
-    parts = {"model": model, "optimizer": optimizer}
-    for name in parts.keys() & state.keys():
-        parts[name].load_state_dict(state.pop(name))
-    parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    bar.update(first * per_epoch)
-    model.train()
-    for epoch in range(first, args.epochs):
-        order = torch.randperm(len(images["train"]), generator=seed_all(args.seed, epoch))
-        sums = torch.zeros(len(TERMS), device=device)  # over this process's slices
-        for step, batch in enumerate(order.split(args.batch_size)[:per_epoch], epoch * per_epoch):
-            changed = augment(images["train"][batch], seed_all(args.seed, epoch, step))
-            x = to_pixels(changed[RANK::WORLD].to(device))
-            seed_all(args.seed, epoch, step, RANK)
-            reconstruction, kl = (term.mean() for term in parallel(x))
-            loss = reconstruction + args.kl_weight * kl
+    for epoch in range(len(history), config.epochs):
+        order = torch.randperm(len(images["train"]), generator=random_generator(config.seed, epoch))
+        totals = torch.zeros(3, device=device)
+
+        for batch in order.split(config.batch_size)[:batches_per_epoch]:
+            mirrored = augment(images["train"][batch], random_generator(config.seed, epoch, step))
+            share = mirrored[RANK::WORLD_SIZE][: len(batch) // WORLD_SIZE]  # this process's images
+            x = to_pixels(share.to(device))
+            generator = random_generator(config.seed, epoch, step, RANK, device=device)
+
+            reconstruction, kl, coarse = network(x, generator)  # (B,) each
+            loss = (reconstruction + config.kl_weight * kl).mean()
+
             optimizer.zero_grad()
-            (loss / max(1.0, args.kl_weight)).backward()  # so that ε and the norm mean the same
-            norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-            if not math.isfinite(loss.item() + norm.item()):
-                fail(f"no finite loss in epoch {epoch + 1}, step {step + 1}. Lower --lr")
-            decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)  # and a tenth of warm-up
-            optimizer.param_groups[0]["lr"] = args.lr * min(10 * (step + 1) / steps, decay)
+            # A large λ scales up all gradients. ADAM_EPSILON and MAX_GRAD_NORM need one scale.
+            objective = (loss + coarse.mean()) / max(1.0, config.kl_weight)
+            objective.backward()
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            if not torch.isfinite(loss + grad_norm):
+                place = f"epoch {epoch + 1}, step {step + 1}"
+                raise UserError(f"the loss is not finite in {place}. Lower --lr")
+            optimizer.param_groups[0]["lr"] = learning_rate(step, total_steps, config.lr)
             optimizer.step()
-            sums += torch.stack([reconstruction, kl, loss]).detach()
+
+            totals += torch.stack([reconstruction.mean(), kl.mean(), loss]).detach()
+            step += 1
             bar.update()
-        held_out, _ = evaluate(model, images["validation"], args)
-        if not math.isfinite(held_out["neg_elbo"]):
-            fail(f"no finite loss after epoch {epoch + 1}. Lower --lr")
-        means = zip(TERMS, (sums / per_epoch).tolist(), strict=True)
-        row = {"epoch": epoch + 1} | {f"train_{term}": mean for term, mean in means}
-        state["history"].append(row | {f"validation_{term}": held_out[term] for term in TERMS})
-        save(state | {name: part.state_dict() for name, part in parts.items()})
-    model.eval()
+
+        validation, _ = evaluate(model, images["validation"], config)
+        if not math.isfinite(validation["loss"]):
+            raise UserError(f"the loss is not finite after epoch {epoch + 1}. Lower --lr")
+        row = {"epoch": epoch + 1, "seconds": time.monotonic() - started}
+        for i, term in enumerate(TERMS):
+            row[f"train_{term}"] = totals[i].item() / batches_per_epoch
+            row[f"validation_{term}"] = validation[term]
+        history.append(row)
+        save_checkpoint(config, model, history, optimizer)
+
+    return history
 
 
 @torch.no_grad()
-def fit_prior(model: VAE, images: dict, args: Namespace) -> VAE:
-    """The model with its prior fitted to training codes by EM, if that helps on other images."""
-    _, each = evaluate(model, images["train"][:16384], args)
-    z = each["mu"] + each["variance"].sqrt() * torch.randn(4, *each["mu"].shape)  # (4, N, k)
-    fitted = copy.deepcopy(model)
-    mixture = GaussianMixture(len(fitted.prior.weights), reg_covar=1e-3, random_state=0)
-    mixture.fit(z.flatten(0, 1).double())  # Dempster et al. 1977
-    fitted.prior.weights.copy_(torch.from_numpy(mixture.weights_))
-    fitted.prior.loc.copy_(torch.from_numpy(mixture.means_))
-    fitted.prior.scale_tril.copy_(torch.from_numpy(np.linalg.cholesky(mixture.covariances_)))
-    return min(model, fitted, key=lambda m: evaluate(m, images["validation"], args)[0]["neg_elbo"])
+def fit_noise(model: VAE, images: dict[str, Tensor], config: Config) -> None:
+    """Give each frequency the σ that is likeliest: the root mean square of its errors."""
+    device = model.mean_image.device
+    generator = random_generator(config.seed, "noise", device=device)
+    some = images["train"][:NOISE_IMAGES]
+    squares = torch.zeros(3, SIZE, SIZE, device=device)
+    for batch in some.split(EVAL_BATCH):
+        x = to_pixels(batch.to(device))
+        output = model.infer(x, model.encode(x), generator)
+        squares += frequencies(x - output.mean).square().sum(dim=0)
+    model.noise = FrequencyNoise((squares / len(some)).sqrt().clamp_min(MIN_SIGMA))
+
+
+# Same in vae_mnist.py
+@torch.no_grad()
+def fit_prior(model: VAE, images: dict[str, Tensor], config: Config) -> None:
+    """Fit a mixture of Gaussians to training latents by EM; keep it if validation improves."""
+    before, _ = evaluate(model, images["validation"], config)
+    _, per_image = evaluate(model, images["train"][:PRIOR_IMAGES], config)
+    mu = per_image["mu"]
+    noise = torch.randn(4, *mu.shape, generator=random_generator(config.seed, "prior"))
+    z = mu + per_image["variance"].sqrt() * noise  # four samples for each image, (4, N, k)
+
+    mixture = GaussianMixture(PRIOR_COMPONENTS, reg_covar=1e-3, random_state=0)
+    mixture.fit(z.flatten(0, 1).double().numpy())
+    fitted = MixturePrior(
+        torch.from_numpy(mixture.weights_),
+        torch.from_numpy(mixture.means_),
+        torch.from_numpy(np.linalg.cholesky(mixture.covariances_)),
+    )
+
+    normal = model.prior
+    model.prior = fitted.to(model.mean_image.device)
+    after, _ = evaluate(model, images["validation"], config)
+    improved = after["neg_elbo"] < before["neg_elbo"]
+    if not improved:
+        model.prior = normal
+
+
+# Evaluation ---------------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(
+    model: VAE, images: Tensor, config: Config
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Encode and decode uint8 images (N, 3, 64, 64), with the same noise each time.
+
+    Returns the mean scores, and what is known of each image.
+    """
+    device = model.mean_image.device
+    generator = random_generator(config.seed, device=device)
+    batches = []
+    for batch in images.split(EVAL_BATCH):
+        x = to_pixels(batch.to(device))
+        q = model.encode(x)
+        output = model.infer(x, q, generator)
+        results = {
+            "reconstruction": -model.noise.log_prob(x - output.mean),
+            "kl": output.kl,
+            "squared_error": (output.mean.clamp(0, 1) - x).square().flatten(1).mean(1),
+            "mu": q.mean,
+            "variance": q.variance,
+            "reconstructed": to_uint8(output.mean),
+        }
+        batches.append(results)
+
+    per_image = {}
+    for name in batches[0]:
+        per_image[name] = torch.cat([batch[name] for batch in batches]).cpu()
+
+    reconstruction = per_image["reconstruction"].double().mean().item()
+    kl = per_image["kl"].double().mean().item()
+    squared_error = per_image["squared_error"].double().mean().item()
+    active = per_image["mu"].var(dim=0, correction=0) > ACTIVE_VARIANCE
+    # 8 = log2(256) turns a density on [0, 1] into one on 0 to 255, as papers report it.
+    scores = {
+        "reconstruction": reconstruction,
+        "kl": kl,
+        "loss": reconstruction + config.kl_weight * kl,
+        "neg_elbo": reconstruction + kl,
+        "bits_per_dim": (reconstruction + kl) / DIMENSIONS / math.log(2) + 8,
+        "psnr_db": -10 * math.log10(max(squared_error, 1e-12)),
+        "active_units": int(active.sum()),
+    }
+    return scores, per_image
+
+
+# Figures ------------------------------------------------------------------------------------------
+# Same in vae_mnist.py
+def to_uint8(images: Tensor) -> Tensor:
+    """Values in [0, 1] -> 0 to 255."""
+    return (images.float().clamp(0, 1) * 255).round().byte()
 
 
 @torch.no_grad()
-def evaluate(model: VAE, images: Tensor, args: Namespace, final=False) -> tuple[dict, dict]:
-    """Scores of uint8 images (N, C, H, W), means in nats; and what figures need of each image."""
-    seed_all(args.seed)
-    each = {}
-    for i in torch.arange(len(images)).split(250):
-        x = to_pixels(images[i].to(model.mean_image.device))
-        q = model.encode(x, args.kl_weight if final else None)
-        pixels, kl, _ = infer(model, x, q)  # codes are drawn, not put at q's mean
-        again, reconstruction = pixels.mean.clamp(0, 1), -pixels.log_prob(x)
-        scores = {"reconstruction": reconstruction, "kl": kl, "neg_elbo": reconstruction + kl}
-        scores |= {"loss": reconstruction + args.kl_weight * kl} | bits_per_dim(pixels, x, kl)
-        scores |= {"psnr_db": (again - x).square().flatten(1).mean(1)}
-        found = scores | {"mu": q.mean, "variance": q.variance, "again": to_bytes(again)}
-        for key, v in found.items():  # into one tensor: a list of small ones would leave holes
-            each.setdefault(key, torch.empty(len(images), *v.shape[1:], dtype=v.dtype))[i] = v.cpu()
-    means = {name: each[name].double().mean().item() for name in scores}
-    means["psnr_db"] = -10 * math.log10(max(means["psnr_db"], 1e-12))  # of the mean squared error
-    return means, each
+def decode_images(model: VAE, z: Tensor, temperature: float, generator: Generator) -> Tensor:
+    """The mean image of p(x|z, d) for each z (N, k), with sampled d, uint8 (N, 3, 64, 64)."""
+    images = []
+    for part in z.split(EVAL_BATCH):
+        images.append(to_uint8(model.decode(part, temperature, generator)))
+    return torch.cat(images).cpu()
 
 
-def score(model: VAE, images: Tensor, args: Namespace) -> tuple[dict, dict]:
-    """What metrics.json says of `images`, the IWAE bound of some of them; what figures need."""
-    metrics, each = evaluate(model, images, args, final=True)
-    some = torch.randperm(len(images), generator=seed_all(args.seed))[:IWAE_IMAGES]
-    x = to_pixels(images[some].to(model.mean_image.device))
-    q = gaussian(each["mu"][some].to(x.device), each["variance"][some].log().to(x.device))
-    bound = iwae_bound(model, x, q, args.iwae).mean().item()
-    metrics |= {"iwae": -bound, "iwae_samples": args.iwae, "iwae_images": len(some)}
-    metrics["iwae_neg_elbo"] = each["neg_elbo"][some].mean().item()  # to compare iwae with
-    active = each["mu"].var(0, correction=0) > ACTIVE
-    metrics |= {"active_units": int(active.sum()), "latent_dim": len(active)}
-    return metrics | {"parameters": sum(p.numel() for p in model.parameters())}, each
+def sample_images(model: VAE, count: int, seed: int, temperature: float) -> Tensor:
+    """The mean image of p(x|z, d) for `count` latents from the priors."""
+    generator = random_generator(seed, count, device=model.mean_image.device)
+    z = model.prior.sample(count, temperature, generator)
+    return decode_images(model, z, temperature, generator)
 
 
-# figures ------------------------------------------------------------------------------------------
-def to_bytes(images: Tensor) -> Tensor:
-    """Values in [0, 1], (N, C, H, W) -> uint8 on the CPU."""
-    return (images.float().clamp(0, 1) * 255).round().byte().cpu()
+def interpolate(model: VAE, mu: Tensor, steps: int, config: Config) -> Tensor:
+    """The mean images at `steps` latents on the line from mu[0] to mu[1]; mu is (2, k)."""
+    device = model.mean_image.device
+    way = torch.linspace(0, 1, steps)[:, None]
+    z = torch.lerp(mu[:1], mu[1:], way).to(device)  # (steps, k)
+    images = []
+    for i in range(steps):  # every step with the same noise for its detail latents
+        generator = random_generator(config.seed, device=device)
+        images.append(decode_images(model, z[i : i + 1], config.temperature, generator))
+    return torch.cat(images)
 
 
-@torch.no_grad()
-def paint(model: VAE, z: Tensor, args: Namespace) -> Tensor:
-    """The mean of p(x|codes) for z (N, k), uint8; the same seed draws the same further codes."""
-    seed_all(args.seed)
-    parts = z.to(model.mean_image).split(250)
-    return torch.cat([to_bytes(model.decode(z, None, args.temperature)[0].mean) for z in parts])
-
-
-def draw_samples(model: VAE, count: int, args: Namespace) -> Tensor:
-    """The mean of p(x|codes) for codes from the prior, uint8 (count, C, H, W)."""
-    seed_all(args.seed, count)
-    return paint(model, model.prior(args.temperature).sample((count,)), args)
-
-
+# Same in vae_mnist.py
 def tile(images: Tensor, columns: int) -> np.ndarray:
-    """uint8 images (N, C, H, W) -> one RGB image, `columns` beside each other, white between."""
-    white = (1, 1, 1, 1, 0, 0, 0, -len(images) % columns)
-    images = F.pad(images.expand(-1, 3, -1, -1), white, value=255).unflatten(0, (-1, columns))
-    return images.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy()  # rows, columns, RGB
+    """Put uint8 images (N, C, H, W) into rows of `columns`, as one RGB image."""
+    missing = -len(images) % columns
+    images = images.expand(-1, 3, -1, -1)
+    images = F.pad(images, (1, 1, 1, 1, 0, 0, 0, missing), value=255)  # white lines between
+    rows = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, 3)
+    return rows.flatten(2, 3).flatten(0, 1).numpy()
 
 
-@contextlib.contextmanager
-def panels(path: Path, count: int) -> Iterator[list]:
-    """Panels beside each other to draw on, saved to `path` as a figure when the block ends."""
-    figure = Figure((4 * count, 3.4), dpi=200, layout="constrained")
-    yield list(figure.subplots(1, count, squeeze=False).flat)
-    write_file(path, partial(figure.savefig, format="png"))
+# Same in vae_mnist.py
+def new_figure(panels: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4 * panels, 3.4), dpi=200, layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False).flat)
 
 
-def show(panel, image: np.ndarray, title: str) -> None:
-    panel.imshow(image, interpolation="nearest")
-    panel.set_title(title, fontsize=9)
-    panel.axis("off")
+# Same in vae_mnist.py
+def show(axes: Axes, image: np.ndarray, title: str) -> None:
+    axes.imshow(image, interpolation="nearest")
+    axes.set_title(title, fontsize=9)
+    axes.axis("off")
 
 
-def plot_images(folder: Path, model: VAE, test: Tensor, each: dict, args: Namespace) -> None:
-    """Reconstructions, samples and interpolations."""
-    real, again, rows = to_bytes(to_pixels(test)), each["again"], min(8, len(test) // 2)
-    with panels(folder / "reconstructions.png", 2) as (left, right):
-        show(left, tile(real[:64], 8), f"real, λ = {args.kl_weight:g}")
-        show(right, tile(again[:64], 8), "reconstructed")
-    with panels(folder / "samples.png", 1) as [panel]:
-        title = f"λ = {args.kl_weight:g}, temperature {args.temperature:g}"
-        show(panel, tile(draw_samples(model, 100, args), 10), title)
-    with panels(folder / "interpolation.png", 1) as [panel]:
-        ends = real[: 2 * rows].unflatten(0, (rows, 2))
-        first, last = each["mu"][: 2 * rows].unflatten(0, (rows, 2)).unbind(1)  # (rows, k)
-        shares = torch.linspace(0, 1, 10).tolist()
-        between = torch.stack([paint(model, first.lerp(last, w), args) for w in shares], 1)
-        lines = torch.cat([ends[:, :1], between, ends[:, 1:]], 1).flatten(0, 1)
-        show(panel, tile(lines, 12), "real | from one z to the other | real")
+def plot_images(model: VAE, real: Tensor, per_image: dict[str, Tensor], config: Config) -> None:
+    """Draw reconstructions.png, samples.png and interpolation.png."""
+    figure, (left, right) = new_figure(2)
+    show(left, tile(real[:64], 8), f"real, λ = {config.kl_weight:g}")
+    show(right, tile(per_image["reconstructed"][:64], 8), "reconstructed")
+    write_file(config.folder / "reconstructions.png", figure.savefig)
+
+    figure, [axes] = new_figure(1)
+    samples = sample_images(model, 100, config.seed, config.temperature)
+    show(axes, tile(samples, 10), f"λ = {config.kl_weight:g}, temperature {config.temperature:g}")
+    write_file(config.folder / "samples.png", figure.savefig)
+
+    figure, [axes] = new_figure(1)
+    rows = []
+    for i in range(0, min(16, len(real) - 1), 2):
+        between = interpolate(model, per_image["mu"][i : i + 2], 10, config)
+        rows += [real[i : i + 1], between, real[i + 1 : i + 2]]
+    show(axes, tile(torch.cat(rows), 12), "real | from one z to the other | real")
+    write_file(config.folder / "interpolation.png", figure.savefig)
 
 
-def plot_posterior(folder: Path, test: Tensor, each: dict, args: Namespace) -> None:
-    """One image's q(z|x), and how many dimensions tell images apart."""
-    i = args.image % len(test)
-    pair = torch.stack([to_bytes(to_pixels(test[i : i + 1]))[0], each["again"][i]])
-    order = each["variance"][i].argsort()
-    mu, variance = each["mu"][i, order], each["variance"][i, order]
-    with panels(folder / "posterior.png", 4) as (images, means, variances, active):
-        show(images, tile(pair, 2), f"test image {i} | reconstructed, λ = {args.kl_weight:g}")
-        means.bar(range(len(mu)), mu.numpy(), width=1.0)
-        means.set(xlabel="dimension of z, by variance", ylabel="mean of q(z|x)", ylim=(-5, 5))
-        variances.bar(range(len(mu)), variance.numpy(), width=1.0)
-        variances.set(xlabel="dimension of z", ylabel="variance", yscale="log", ylim=(1e-9, 10))
-        active.semilogy(each["mu"].var(0, correction=0).sort(descending=True)[0].clamp_min(1e-8))
-        active.set(xlabel="dimension of z, sorted", ylabel="variance over images of E[z|x]")
-        for panel, bound in {means: 0, variances: 1, active: ACTIVE}.items():
-            name = f"active above {bound}" if panel is active else f"N(0, I): {bound}"
-            panel.axhline(bound, color="tab:red", linewidth=1, label=name)
-            panel.legend(loc="lower right")
+# Same in vae_mnist.py
+def plot_posterior(real: Tensor, per_image: dict[str, Tensor], config: Config) -> None:
+    """Draw posterior.png: one image's q(z|x), and how many latent units are active."""
+    i = config.image % len(real)
+    order = per_image["variance"][i].argsort()
+    spread = per_image["mu"].var(dim=0, correction=0).sort(descending=True).values
+    figure, (pair, means, variances, active) = new_figure(4)
+
+    images = torch.stack([real[i], per_image["reconstructed"][i]])
+    show(pair, tile(images, 2), f"test image {i} | reconstructed, λ = {config.kl_weight:g}")
+
+    means.bar(range(len(order)), per_image["mu"][i, order].numpy(), width=1.0)
+    means.axhline(0, color="tab:red", label="N(0, I)")
+    means.set(xlabel="dimension of z, by variance", ylabel="mean of q(z|x)", ylim=(-5, 5))
+
+    variances.bar(range(len(order)), per_image["variance"][i, order].numpy(), width=1.0)
+    variances.axhline(1, color="tab:red", label="N(0, I)")
+    variances.set(xlabel="dimension of z, by variance", ylabel="variance of q(z|x)")
+    variances.set(yscale="log", ylim=(1e-9, 10))
+
+    active.semilogy(spread.clamp_min(1e-8))
+    active.axhline(ACTIVE_VARIANCE, color="tab:red", label=f"active above {ACTIVE_VARIANCE}")
+    active.set(xlabel="dimension of z, sorted", ylabel="variance over images of E[z|x]")
+
+    for axes in (means, variances, active):
+        axes.legend(loc="lower right")
+    write_file(config.folder / "posterior.png", figure.savefig)
 
 
-def plot_learning_curve(path: Path, history: pd.DataFrame, kl_weight: float) -> None:
-    """By epoch, the first 5% left out: training (on images that augment changed), validation."""
-    titles = "-log p(x|codes)", "KL", f"loss, λ = {kl_weight:g}"
-    with panels(path, len(TERMS)) as axes:
-        for panel, term, title in zip(axes, TERMS, titles, strict=True):
-            names = {f"train_{term}": "as it trains", f"validation_{term}": "validation"}
-            lines = history[len(history) // 20 :].set_index("epoch")[[*names]].rename(columns=names)
-            lines.plot(ax=panel, style=".-", title=title, ylabel="nats per image")
+# Same in vae_mnist.py
+def plot_learning_curve(history: pd.DataFrame, config: Config) -> None:
+    """Draw learning-curve.png, without the first 5% of the epochs, which would hide the rest."""
+    history = history[len(history) // 20 :]
+    figure, panels = new_figure(len(TERMS))
+    for axes, term in zip(panels, TERMS, strict=True):
+        axes.plot(history["epoch"], history[f"train_{term}"], ".-", label="training")
+        axes.plot(history["epoch"], history[f"validation_{term}"], ".-", label="validation")
+        axes.set(title=f"{term}, λ = {config.kl_weight:g}", xlabel="epoch", ylabel="nats per image")
+        axes.legend()
+    write_file(config.folder / "learning-curve.png", figure.savefig)
 
 
+# Same in vae_mnist.py
 def plot_sweep(out: Path, metrics: dict[str, dict]) -> None:
-    """A table with a row for each λ, and a sheet with its figures in a column."""
-    keys = (*TERMS, "neg_elbo")
-    table = pd.DataFrame(row | {key: row[key]["test"] for key in keys} for row in metrics.values())
-    write_file(out / "sweep.csv", partial(table.to_csv, index=False, mode="wb"))
-    shown = ["lambda", *keys, "iwae", "bits_per_dim", "psnr_db", "active_units", "seconds"]
-    print(table[shown].round(3).to_string(index=False))
+    """Write sweep.csv with a row per λ, and lambda-sheet.png with its figures in a column."""
+    table = pd.DataFrame(metrics.values())
+    for term in (*TERMS, "neg_elbo"):
+        table[term] = [values["test"] for values in table[term]]
+    write_table(out / "sweep.csv", table)
+    log(table.round(3).to_string(index=False))
+
     rows = []
     for name in ("reconstructions", "samples", "interpolation", "posterior", "learning-curve"):
-        pictures = [Image.open(out / f"lambda-{weight}" / f"{name}.png") for weight in metrics]
-        size = 800, 800 * pictures[0].height // pictures[0].width
-        rows.append(np.hstack([picture.convert("RGB").resize(size) for picture in pictures]))
+        row = []
+        for kl_weight in metrics:
+            picture = Image.open(out / f"lambda-{kl_weight}" / f"{name}.png").convert("RGB")
+            row.append(picture.resize((800, 800 * picture.height // picture.width)))
+        rows.append(np.hstack(row))
     sheet = Image.fromarray(np.vstack(rows))
     write_file(out / "lambda-sheet.png", partial(sheet.save, format="png"))
 
 
-# run folder, errors, command line (much of it the same in every script) ---------------------------
-def fail(message: str) -> NoReturn:
-    """End the program over a user's mistake: one line on stderr, exit code 2."""
-    tqdm.write("error: " + " ".join(message.split()), file=sys.stderr)  # not into a bar
-    raise SystemExit(2)
+# Runs: one folder per λ ---------------------------------------------------------------------------
+def run_model(config: Config, images: dict[str, Tensor], bar: tqdm) -> dict:
+    """Train one model, score it, and leave everything in its folder."""
+    checkpoint = load_checkpoint(config.folder, config.settings) if config.resume else None
+    if checkpoint and checkpoint["metrics"]:
+        log(f"finished  {config.folder} was finished before")
+        return checkpoint["metrics"]
+    if WORLD_SIZE > 1:
+        dist.barrier()  # until every process has read what the first one may move away
+
+    device = pick_device(config.device)
+    with open_run(config, device) if RANK == 0 else contextlib.nullcontext():
+        torch.manual_seed(seed_of(config.seed))
+        model = VAE(config.latent_dim)
+        some = images["train"][:4096]  # enough for a mean
+        model.mean_image.copy_(to_pixels(some).mean(dim=0))
+        model.to(device)
+        parameters = sum(p.numel() for p in model.parameters())
+
+        history = train(model, images, config, checkpoint, bar)
+        finished = time.monotonic()
+        fit_noise(model, images, config)
+        if config.prior == "learned" and config.kl_weight > 0:
+            fit_prior(model, images, config)
+
+        log("trained   scoring and drawing take a moment more")
+        scores, per_image = evaluate(model, images["test"], config)
+        metrics = {"lambda": config.kl_weight}
+        for term in (*TERMS, "neg_elbo"):
+            metrics[term] = {"test": scores[term]}
+        for name in ("bits_per_dim", "psnr_db", "active_units"):
+            metrics[name] = scores[name]
+
+        for name in ("train", "validation"):  # a third as many images are enough for these
+            some = images[name][: 1 + len(images["test"]) // 3]
+            scores, _ = evaluate(model, some, config)
+            for term in (*TERMS, "neg_elbo"):
+                metrics[term][name] = scores[term]
+        metrics["latent_dim"] = config.latent_dim
+        metrics["parameters"] = parameters
+        metrics["epochs"] = config.epochs
+        metrics["seconds"] = history[-1]["seconds"] + time.monotonic() - finished
+
+        if RANK == 0:
+            table = pd.DataFrame(history)
+            write_table(config.folder / "history.csv", table)
+            plot_learning_curve(table, config)
+            plot_images(model, images["test"], per_image, config)
+            plot_posterior(images["test"], per_image, config)
+        save_checkpoint(config, model, history, metrics=metrics)
+    return metrics
 
 
-@contextlib.contextmanager
-def one_line(path: Path | str, mend: str) -> Iterator[None]:
-    """The one handler: what a library raises over the file `path` becomes a line that names it."""
-    try:
-        yield
-    except Exception as error:  # readers raise whatever the bytes lead them into
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        fail(f"{path}: {reason[:300].rstrip('.')}. {mend}")
+# Same in vae_mnist.py
+def run_models(config: Config, kl_weights: list[float]) -> dict:
+    """Train a model per λ. Return the metrics of the one model, or of several by λ."""
+    images, sha256 = load_images(find_data(config.data))
+    config = replace(config, data_sha256=sha256)
+    images = split_images(images, config)
+    log("images    " + ", ".join(f"{len(part)} {name}" for name, part in images.items()))
+
+    if config.batch_size % WORLD_SIZE > 0:
+        raise UserError(f"--batch-size {config.batch_size}: give a multiple of {WORLD_SIZE}")
+    steps = config.epochs * count_batches(images["train"], config)  # per model
+
+    metrics = {}
+    total = steps * len(kl_weights)
+    with tqdm(total=total, unit="step", mininterval=2, file=sys.stdout, disable=RANK > 0) as bar:
+        for kl_weight in kl_weights:
+            config = replace(config, kl_weight=kl_weight)
+            result = run_model(config, images, bar)
+            if RANK == 0:
+                write_json(config.folder / "metrics.json", result)
+
+            metrics[f"{kl_weight:g}"] = result
+            bar.update(steps * len(metrics) - bar.n)  # if this model was finished before
+            scores = "{bits_per_dim:.3f} bits/dim, {psnr_db:.1f} dB".format(**result)
+            log(f"λ = {kl_weight:g}: -ELBO {result['neg_elbo']['test']:.2f} nats, {scores}")
+
+    log(f"wrote     {config.out}/lambda-{', lambda-'.join(metrics)}")
+    words = ["--lambda", f"{kl_weights[-1]:g}", "--out", str(config.out), "--sample", "100"]
+    log(f"next      {shlex.join(['python', sys.argv[0], *words])}")
+    if len(metrics) == 1:
+        return result
+    if RANK == 0:
+        plot_sweep(config.out, metrics)
+    return metrics
 
 
-def check_ranges(args: Namespace, ranges: dict[str, tuple[float, float]]) -> None:
-    """End the program unless each argument lies between its two ends, which it may take."""
-    for name, (low, high) in ranges.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:  # nan lies nowhere
-            fail(f"--{name.replace('_', '-')} {value}: give a number from {low:g} to {high:g}")
+# Same in vae_mnist.py
+def sample_finished(config: Config) -> dict:
+    """Sample images from the finished model; leave samples.npz and a picture."""
+    model, _ = load_finished(config.folder, pick_device(config.device))
+    images = sample_images(model, config.sample, config.seed, config.temperature)
+    export(config.folder, "samples", len(images), image=images)
+    return {"samples": len(images)}
 
 
-def exit_on_signals() -> None:
-    """Let Ctrl-C and SIGTERM end the process at once, with the command that goes on from there."""
-    processes = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
-    start = ["torchrun", "--nproc-per-node", processes] if processes else ["python"]
-
-    def stop(number: int, frame) -> None:
-        words = [word for word in sys.argv if word != "--resume"]
-        print("\nstopped   go on with:", shlex.join([*start, *words, "--resume"]))
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+def evaluate_file(config: Config) -> dict:
+    """Score the finished model on a file; leave reconstructions.npz and a picture."""
+    model, _ = load_finished(config.folder, pick_device(config.device))
+    images, _ = load_images(config.evaluate)
+    metrics, per_image = evaluate(model, images, config)
+    metrics["images"] = len(images)
+    reconstruction = per_image["reconstructed"]
+    export(config.folder, "reconstructions", 100, image=images, reconstruction=reconstruction)
+    log(json.dumps(metrics))
+    return metrics
 
 
-def seed_all(*numbers: int) -> Generator:
-    """Seed torch by the place in the run, such as (seed, epoch, step); return a generator too."""
-    seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
-    torch.manual_seed(seed)
-    return Generator().manual_seed(seed)
+# Same in vae_mnist.py
+def export(folder: Path, name: str, shown: int, **images: Tensor) -> None:
+    """Save uint8 images (N, C, H, W) to an npz file, and the first ones as a picture.
+
+    The arrays are (N, H, W, C), or (N, H, W) if grey. Arrays of pairs stand side by side.
+    """
+    arrays = {key: part.permute(0, 2, 3, 1).squeeze(-1) for key, part in images.items()}
+    write_file(folder / f"{name}.npz", partial(np.savez_compressed, **arrays))
+    pairs = torch.cat([*images.values()], dim=-1)[:shown]
+    picture = Image.fromarray(tile(pairs, columns=math.ceil(len(pairs) ** 0.5)))
+    write_file(folder / f"{name}-{len(pairs)}.png", partial(picture.save, format="png"))
+    log(f"wrote     {folder}/{name}.npz, {name}-{len(pairs)}.png")
 
 
+# Seeds, device, files -----------------------------------------------------------------------------
+# Same in transformer.py, vae_mnist.py
+def log(message: str) -> None:
+    """Print a line above the progress bar; of several processes the first one prints."""
+    if RANK == 0:
+        tqdm.write(message)
+
+
+# Same in all four scripts
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# Same in all four scripts
+def seed_of(*place: int | str) -> int:
+    """Return a seed for a place in the run, such as (seed, epoch, step).
+
+    So a resumed run draws the same numbers as one that was never stopped.
+    """
+    digest = hashlib.sha256(repr(place).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+# Same in all four scripts
+def random_generator(*place: int | str, device: torch.device | str = "cpu") -> Generator:
+    """Return a generator seeded by a place in the run."""
+    return Generator(device).manual_seed(seed_of(*place))
+
+
+# Same in transformer.py, vae_mnist.py
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is a GPU when there is one, under torchrun one each."""
+    """Return the device of this name; `auto` is a GPU if there is one, one for each process."""
     if name == "auto":
-        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    with one_line(f"--device {name}", "Use --device cpu"):
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        name = accelerator.type if accelerator else "cpu"
+    try:
         if name == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {reason(error)}. Use --device cpu") from error
 
 
+# Same in vae_mnist.py
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the processor has instructions for bfloat16; without them it is slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+# Same in vae_mnist.py
 def autocast(device: torch.device) -> torch.autocast:
-    """bf16 matrix products where the processor has them: a GPU, or a CPU with avx512_bf16."""
-    bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type != "mps")
+    """Matrix products and convolutions in bfloat16 where the processor has it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
+# Same in all four scripts
+def reason(error: Exception) -> str:
+    """What a library's error says, without the file's name."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text[:300].rstrip(".")
+
+
+# Same in all four scripts
 def write_file(path: Path, save: Callable[[io.BytesIO], object]) -> None:
-    """Let `save` fill a buffer, and move it to `path` when it is written: never half a file."""
-    content, temporary = io.BytesIO(), path.with_name(f".{path.name}.tmp")
-    save(content)
-    with one_line(path, "Make room, then add --resume"):
-        temporary.write_bytes(content.getbuffer())
+    """Let `save` fill a buffer and write it atomically: to a temporary name first, then rename."""
+    buffer = io.BytesIO()
+    save(buffer)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(buffer.getbuffer())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: {reason(error)}. Make room, then add --resume") from error
 
 
+# Same in all four scripts
 def write_json(path: Path, value: dict) -> None:
-    write_file(path, lambda file: file.write(json.dumps(value, indent=2, default=str).encode()))
+    text = json.dumps(value, indent=2, default=str)
+    write_file(path, lambda file: file.write(text.encode()))
 
 
+# Same in transformer.py, vae_mnist.py
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    write_file(path, partial(table.to_csv, index=False, mode="wb"))
+
+
+# Same in vae_mnist.py
+def save_checkpoint(
+    config: Config,
+    model: VAE,
+    history: list[dict],
+    optimizer: torch.optim.Optimizer | None = None,
+    metrics: dict | None = None,
+) -> None:
+    """Save the state after an epoch, with `optimizer`, or a finished run, with `metrics`."""
+    checkpoint = {
+        "version": CHECKPOINT_VERSION,
+        "settings": config.settings,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict() if optimizer else None,
+        "history": history,
+        "metrics": metrics,
+    }
+    if RANK == 0:
+        write_file(config.folder / "checkpoint.pt", partial(torch.save, checkpoint))
+
+
+# Same in all four scripts
+def load_checkpoint(folder: Path, settings: dict) -> dict | None:
+    """Read the folder's checkpoint, if there is one; it must agree with `settings`.
+
+    Raises UserError if it is damaged, or of another version or other settings.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    advice = "Move it away, or name another folder with --out"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise zipfile.BadZipFile("damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except READ_ERRORS as error:
+        found = reason(error) if isinstance(error, OSError) else "damaged, or not a checkpoint"
+        raise UserError(f"{path}: {found}. {advice}") from error
+
+    if not isinstance(checkpoint, dict) or checkpoint.get("version") != CHECKPOINT_VERSION:
+        raise UserError(f"{path}: not a checkpoint of {CHECKPOINT_VERSION}. {advice}")
+    for name, value in settings.items():
+        found = checkpoint["settings"].get(name)
+        if found != value:
+            message = f"{path}: trained with {name} {found}, not {value}"
+            raise UserError(f"{message}. Give the same data and flags")
+    return checkpoint
+
+
+def restore(model: VAE, checkpoint: dict, folder: Path) -> None:
+    """Load a checkpoint's weights, and its mixture prior if it has one."""
+    weights = checkpoint["model"]
+    try:
+        if "noise.sigma" in weights:
+            model.noise = FrequencyNoise(weights["noise.sigma"])
+        if "prior.means" in weights:
+            model.prior = MixturePrior(
+                weights["prior.weights"], weights["prior.means"], weights["prior.scale_tril"]
+            )
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{folder}: {reason(error)}. Train again without --resume") from error
+
+
+# Same in vae_mnist.py
+def load_finished(folder: Path, device: torch.device) -> tuple[VAE, dict]:
+    """Return the finished model of a run's folder, and its settings."""
+    checkpoint = load_checkpoint(folder, settings={})
+    if checkpoint is None or checkpoint["metrics"] is None:
+        raise UserError(f"{folder}: no finished run there. Train first, or name its --out")
+    model = VAE(checkpoint["settings"]["latent_dim"])
+    restore(model, checkpoint, folder)
+    return model.to(device), checkpoint["settings"]
+
+
+# Same in vae_mnist.py
 @contextlib.contextmanager
-def open_run(folder: Path, args: Namespace, hashes: dict[str, str]) -> Iterator[None]:
-    """Hold the run's folder while the block lasts; a run that starts over keeps the old one."""
-    previous = folder.parent / f"{folder.name}.previous"
-    with one_line(folder, "Wait for the other run, or name another folder with --out"):
-        for path in (folder, previous):
-            if any(path.glob("[!.]*")) and not (path / "config.json").exists():
-                raise ValueError(f"{path.name} is not the folder of a run")
+def open_run(config: Config, device: torch.device) -> Iterator[None]:
+    """Keep other runs out of the run's folder while the `with` block lasts, and describe the run.
+
+    If a run starts over, the folder of the earlier one becomes <folder>.previous.
+    """
+    folder = config.folder
+    previous = folder.with_name(f"{folder.name}.previous")
+    for path in (folder, previous):
+        if any(path.glob("[!.]*")) and not (path / "config.json").exists():
+            raise UserError(f"{path}: not the folder of a run. Name another folder with --out")
+
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0).acquire()
-        if not args.resume and (folder / "checkpoint.pt").exists():
-            shutil.rmtree(previous, ignore_errors=True)
+        lock = FileLock(folder.parent / f".{folder.name}.lock").acquire(timeout=0)
+        if not config.resume and (folder / "checkpoint.pt").exists():
+            if previous.exists():
+                shutil.rmtree(previous)
             folder.rename(previous)
             folder.mkdir()
-            print(f"kept      {previous}, the run that stood in {folder.name}")
-        for stale in folder.glob(".*.tmp"):
-            stale.unlink()
-    git = shutil.which("git") and ["git", "-C", str(HERE), "rev-parse", "HEAD"]
-    commit = git and subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    facts = {"arguments": vars(args), "sha256": hashes, "seed": args.seed, "commit": commit}
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+            log(f"kept      the earlier run as {previous}")
+        for unfinished in folder.glob(".*.tmp"):
+            unfinished.unlink()
+    except Timeout as error:
+        raise UserError(f"{folder}: in use. Wait for the other run, or give --out") from error
+    except OSError as error:
+        raise UserError(f"{folder}: {reason(error)}. Name another folder with --out") from error
+
     with lock:
-        write_json(folder / "config.json", facts | {"versions": versions})
+        description = {
+            "settings": asdict(config),
+            "script_sha256": sha256_of(SCRIPT) if SCRIPT.exists() else None,
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "device": str(device),
+            "number_format": "bfloat16" if has_bfloat16(device) else "float32",
+            "threads": torch.get_num_threads(),
+            "processes": WORLD_SIZE,
+        }
+        write_json(folder / "config.json", description)
         yield
 
 
-def load_checkpoint(path: Path, version: str, settings: dict) -> dict:
-    """Read a checkpoint of this `version` trained with `settings`. No code in it is run."""
-    with one_line(path, mend := "Move it away, or name another folder with --out"):
-        if zipfile.ZipFile(path).testzip():
-            raise zipfile.BadZipFile("damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or state.get("version") != version:
-        fail(f"{path}: not a checkpoint of {version}. {mend}")
-    for name, value in settings.items():
-        if (there := state["settings"].get(name)) != value:
-            fail(f"{path}: trained with {name} {there}, not {value}. Give the same data and flags")
-    return state
+# Command line -------------------------------------------------------------------------------------
+# Same in all four scripts
+class Parser(ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
-# fmt: off
-def parse_args(argv: list[str] | None) -> Namespace:
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.error = fail
+# Same in all four scripts
+def positive(text: str) -> int:
+    """A flag's type: a whole number, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text}: give a whole number, 1 or more")
+    return int(text)
+
+
+# Same in all four scripts
+def natural(text: str) -> int:
+    """A flag's type: a whole number, 0 or more, that can be a seed."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise ArgumentTypeError(f"{text}: give a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
+# Same in all four scripts
+def nonnegative(text: str) -> float:
+    """A flag's type: a number, 0 or more."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ArgumentTypeError(f"{text}: give a number, 0 or more")
+    return number
+
+
+def parse_args(argv: list[str] | None) -> tuple[Config, list[float]]:
+    """Return the settings, and each λ to train a model for."""
+    parser = Parser(description=__doc__.partition("\n")[0])
+    parser.set_defaults(**asdict(Config()))
+
     add = parser.add_argument_group("run").add_argument
-    add("--data", type=Path, metavar="PATH", help=f"{DATA} or one like it; of faces a folder, too")
-    add("--out", type=Path, default=Path("runs") / SCRIPT, help="folder of the run [%(default)s]")
-    add("--resume", action="store_true", help="go on with the interrupted run in --out")
-    add("--evaluate", type=Path, metavar="PATH", help="score the finished model on images of PATH")
-    add("--sample", type=int, metavar="N", help="draw N images from the finished model")
-    add("--seed", type=int, default=0, help="of split, weights, batches, noise [%(default)s]")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="[%(default)s]")
-    add("--limit", type=int, metavar="N", help="use N random images only, for a first look")
+    add("--data", type=Path, help="zip or folder of images [data/anime-faces.zip, else the sample]")
+    add("--out", type=Path, help="folder for the results [%(default)s]")
+    add("--resume", action="store_true", help="continue the interrupted run in --out")
+    add("--evaluate", type=Path, metavar="DATA", help="score the finished model on other images")
+    add("--sample", type=positive, metavar="N", help="sample N images from the finished model")
+    add("--seed", type=natural, help="of split, weights, batches and noise [%(default)s]")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), help="[%(default)s]")
+    add("--limit", type=positive, metavar="N", help="use N random images, for a first look [all]")
+
     add = parser.add_argument_group("model and objective").add_argument
-    add("--lambda", type=float, nargs="+", default=[1.0], dest="kl_weight", metavar="λ",
-        help="weight of the KL; several train one model each and compare them [1]")
-    add("--prior", choices=("learned", "normal"), default="learned", help="p(z) [%(default)s]")
-    add("--latent-dim", type=int, default=LATENT_DIM, help="dimensions of z [%(default)s]")
+    add(
+        "--lambda",
+        type=nonnegative,
+        nargs="+",
+        default=[1.0],
+        dest="kl_weights",
+        metavar="λ",
+        help="weight of the KL; several values train one model each and compare them [1]",
+    )
+    add(
+        "--prior",
+        choices=("learned", "normal"),
+        help="p(z) after training: a mixture of Gaussians, or N(0, I) [%(default)s]",
+    )
+    add("--latent-dim", type=positive, help="dimensions of z [%(default)s]")
+
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=EPOCHS, help="passes over the images [%(default)s]")
-    add("--batch-size", type=int, default=32, help="images, over all processes [%(default)s]")
-    add("--lr", type=float, default=LEARNING_RATE, help="peak rate of Adam [%(default)s]")
-    add = parser.add_argument_group("scores and figures").add_argument
-    add("--temperature", type=float, default=TEMPERATURE, help="of draws: times σ [%(default)s]")
-    add("--image", type=int, default=0, help="test image of posterior.png [%(default)s]")
-    add("--iwae", type=int, default=64, help="samples for the IWAE bound [%(default)s]")
-    args = parser.parse_args(argv)
-    least = {"epochs": 1, "batch_size": 1, "latent_dim": 1, "limit": 1, "sample": 1, "iwae": 1,
-             "image": 0, "temperature": 0, "lr": 1e-12, "seed": 0}
-    check_ranges(args, {name: (low, 2**32 - 1) for name, low in least.items()})
-    for value in args.kl_weight:
-        check_ranges(Namespace(**{"lambda": value}), {"lambda": (0, 1e9)})
-    args.lambdas = list({f"{value:g}": value for value in args.kl_weight}.values())  # by folder
-    args.kl_weight = args.lambdas[0]
-    if bool(args.evaluate) + bool(args.sample) + (len(args.lambdas) > 1) > 1:
-        fail("give only one of --evaluate, --sample and several --lambda")
-    return args
-# fmt: on
+    add("--epochs", type=positive, help="passes over the training images [%(default)s]")
+    add("--batch-size", type=positive, help="images per step, of all processes [%(default)s]")
+    add("--lr", type=nonnegative, help="peak learning rate of Adam [%(default)s]")
+
+    add = parser.add_argument_group("samples and figures").add_argument
+    add("--temperature", type=nonnegative, help="of samples: factor on σ [%(default)s]")
+    add("--image", type=natural, help="which test image posterior.png shows [%(default)s]")
+
+    args = vars(parser.parse_args(argv))
+    folders = {f"{kl_weight:g}": kl_weight for kl_weight in args.pop("kl_weights")}
+    kl_weights = list(folders.values())  # one for each folder's name
+    config = Config(**args | {"kl_weight": kl_weights[0]})
+    if bool(config.evaluate) + bool(config.sample) + (len(kl_weights) > 1) > 1:
+        raise UserError("give only one of --evaluate, --sample and several --lambda")
+    return config, kl_weights
 
 
-def load_finished(folder: Path, device: torch.device) -> tuple[VAE, dict]:
-    """The model of the finished run in `folder`, and its settings."""
-    path = folder / "checkpoint.pt"
-    state = load_checkpoint(path, VERSION, {}) if path.exists() else {}
-    if "metrics" not in state:
-        fail(f"{folder}: no finished run there. Train, add --resume to go on, or name its --out")
-    with one_line(path, "Train again without --resume"):
-        model = VAE(state["settings"]["latent_dim"], state["settings"]["prior"] == "learned")
-        model.load_state_dict(state["model"])
-        return model.eval().to(device), state["settings"]
+# Same in vae_mnist.py
+def run_command(config: Config, kl_weights: list[float]) -> dict:
+    """Do what the command line asks for, and return the metrics."""
+    if config.sample:
+        return sample_finished(config)
+    if config.evaluate:
+        return evaluate_file(config)
+    if WORLD_SIZE == 1:
+        return run_models(config, kl_weights)
 
-
-def use_finished(args: Namespace) -> dict:
-    """Draw --sample images from the finished model, or score it on every image of --evaluate."""
-    folder, began = args.out / f"lambda-{args.kl_weight:g}", time.monotonic()
-    model, _ = load_finished(folder, pick_device(args.device))
-    if args.sample:
-        name, metrics = "samples", {"samples": args.sample, "temperature": args.temperature}
-        arrays = {"image": draw_samples(model, args.sample, args)}
-    else:
-        name, images = "reconstructions", torch.from_numpy(load_images(args.evaluate)[0])
-        metrics, each = score(model, images, args)
-        metrics |= {"images": len(images), "seconds": time.monotonic() - began}
-        arrays = {"image": images, "reconstruction": each["again"]}
-    x = torch.cat([part[: args.sample or 100] for part in arrays.values()], -1)  # side by side
-    picture = Image.fromarray(tile(x, math.ceil(len(x) ** 0.5)).repeat(2, 0).repeat(2, 1))
-    write_file(folder / f"{name}-{len(x)}.png", partial(picture.save, format="png"))
-    arrays = {name: x.permute(0, 2, 3, 1).squeeze(-1).numpy() for name, x in arrays.items()}
-    write_file(folder / f"{name}.npz", partial(np.savez_compressed, **arrays))
-    print(f"wrote     {folder / name}.npz, {name}-{len(x)}.png")
-    print(json.dumps(metrics))
+    gpu = pick_device(config.device).type == "cuda"
+    dist.init_process_group("nccl" if gpu else "gloo")
+    metrics = run_models(config, kl_weights)
+    dist.destroy_process_group()
     return metrics
 
 
-def run(args: Namespace, images: dict, sha256: str, bar: tqdm) -> dict:
-    """Train at one λ, score the test images, and leave everything in <out>/lambda-<λ>/."""
-    device, test = pick_device(args.device), images["test"]
-    folder = args.out / f"lambda-{args.kl_weight:g}"
-    checkpoint = folder / "checkpoint.pt"
-    names = ("prior", "latent_dim", "epochs", "batch_size", "lr", "seed", "limit")
-    settings = {n: getattr(args, n) for n in names} | {"lambda": args.kl_weight, "sha256": sha256}
-    state = {"version": VERSION, "settings": settings, "history": [], "seconds": 0.0}
-    if checkpoint.exists() and (args.resume or len(args.lambdas) > 1):
-        saved = load_checkpoint(checkpoint, VERSION, settings if args.resume else {})
-        if args.resume or ("metrics" in saved and saved["settings"] == settings):
-            state = saved
-    if "metrics" in state:
-        return state["metrics"]
-    if WORLD > 1:
-        dist.barrier()  # until all have read what the first one may move away
-    began = time.monotonic() - state["seconds"]
-
-    def save(state: dict) -> None:
-        if RANK == 0:
-            state["seconds"] = time.monotonic() - began
-            write_file(checkpoint, partial(torch.save, state))
-
-    with open_run(folder, args, {"data": sha256}) if RANK == 0 else contextlib.nullcontext():
-        seed_all(args.seed)
-        model = VAE(args.latent_dim, args.prior == "learned").eval()
-        model.mean_image.copy_(to_pixels(images["train"][:4096]).mean(0))
-        train(model.to(device), images, args, state, save, bar)
-        if args.prior == "learned" and args.kl_weight > 0:
-            model = fit_prior(model, images, args)
-        bar.write("trained   scoring and drawing take a moment more")
-        metrics, each = score(model, test, args)
-        some = {name: images[name][: 1 + len(test) // 3] for name in ("train", "validation")}
-        others = {name: evaluate(model, part, args, True)[0] for name, part in some.items()}
-        for key in (*TERMS, "neg_elbo"):
-            metrics[key] = {"test": metrics[key]} | {n: part[key] for n, part in others.items()}
-        seconds = time.monotonic() - began
-        metrics |= {"lambda": args.kl_weight, "epochs": args.epochs, "seconds": seconds}
-        if RANK == 0:
-            history = pd.DataFrame(state["history"])
-            write_file(folder / "history.csv", partial(history.to_csv, index=False, mode="wb"))
-            plot_learning_curve(folder / "learning-curve.png", history, args.kl_weight)
-            plot_images(folder, model, test, each, args)
-            plot_posterior(folder, test, each, args)
-        save(state | {"model": model.state_dict(), "metrics": metrics})
-    return metrics
-
-
-def train_all(args: Namespace) -> dict:
-    """Train one model a λ; return the metrics of the one, or of several by λ."""
-    pixels, sha256 = load_images(find_data(args.data))
-    images = split_images(pixels, args.seed, args.limit)
-    print(f"images    {', '.join(f'{len(part)} {name}' for name, part in images.items())}")
-    args.batch_size, metrics = min(args.batch_size, len(images["train"])), {}
-    if args.batch_size % WORLD:
-        fail(f"--batch-size {args.batch_size}: give a multiple of the {WORLD} processes")
-    each = args.epochs * (len(images["train"]) // args.batch_size)  # batches of a λ
-    with tqdm(total=each * len(args.lambdas), unit="step", mininterval=2, file=sys.stdout) as bar:
-        for weight in args.lambdas:
-            args.kl_weight, name = weight, f"{weight:g}"
-            bar.update(each * len(metrics) - bar.n)  # of a λ that was finished before
-            metrics[name] = run(args, images, sha256, bar)
-            told = "{bits_per_dim:.3f} bits/dim, {psnr_db:.1f} dB".format(**metrics[name])
-            bar.write(f"λ = {name:6}-ELBO {metrics[name]['neg_elbo']['test']:.2f} nats, {told}")
-            if RANK == 0:  # of a run that had been finished before, too
-                write_json(args.out / f"lambda-{name}" / "metrics.json", metrics[name])
-    print(f"wrote     {args.out}/lambda-{', '.join(metrics)}")
-    name = "1" if "1" in metrics else name
-    again = ["--out", str(args.out), "--lambda", name, "--temperature", f"{args.temperature:g}"]
-    print("next      python", sys.argv[0], "--sample 100", shlex.join(again))
-    if len(metrics) > 1 and RANK == 0:
-        plot_sweep(args.out, metrics)
-    return metrics if len(metrics) > 1 else metrics[name]
-
-
+# Same in vae_mnist.py
 def main(argv: list[str] | None = None) -> dict:
-    """Run the command line `argv` and return the final metrics; of a sweep, by λ."""
-    if hasattr(sys.stdout, "reconfigure"):  # λ is no reason to stop where a terminal has none
-        sys.stdout.reconfigure(errors="backslashreplace")
-    args = parse_args(argv)
-    exit_on_signals()
-    with contextlib.redirect_stdout(io.StringIO() if RANK else sys.stdout):  # the first one speaks
-        if args.evaluate or args.sample:
-            return {} if RANK else use_finished(args)
-        if WORLD > 1:
-            dist.init_process_group("nccl" if pick_device(args.device).type == "cuda" else "gloo")
-        with one_line("torchrun", "Add --resume") if WORLD > 1 else contextlib.nullcontext():
-            metrics = train_all(args)
-    if WORLD > 1:
-        dist.destroy_process_group()
-    return metrics
+    """Run the command line `argv` and return the final metrics; for several λ, a dict by λ."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can print λ
+    resumable = False
+    try:
+        config, kl_weights = parse_args(argv)
+        resumable = config.sample is None and config.evaluate is None
+        return run_command(config, kl_weights)
+    except UserError as error:
+        if RANK == 0:
+            tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        advice = "; the same command with --resume continues from the last epoch"
+        log(f"stopped{advice if resumable else ''}")
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main()
+    # Pasted into a notebook cell, a script has no __file__, and sys.argv belongs to the notebook.
+    main(None if "__file__" in globals() else [])

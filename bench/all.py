@@ -1,17 +1,17 @@
 """Measure the figures of docs/results.md again, and write its tables.
 
-    python bench/all.py --data data --list       the commands, and about how long each takes
-    python bench/all.py --data data              run what has not been run; stop it, and it goes on
+    python bench/all.py --data data --list       print the commands, and about how long each takes
+    python bench/all.py --data data              run those that have not been run; can be stopped
     python bench/all.py --data data --only digits faces
 
 --data is a folder with the real files: train.csv, test.csv, glove.6B.100d.txt, TibetanMNIST.npz,
-anime-faces.zip, train.txt and test.txt; lbpcascade_animeface.xml for the faces drawn, unseen.csv
-(as train.csv) for the news. What a command prints is kept in runs/all/<step>.txt, and a step with
-that file is not run again: delete it to measure anew. A table stands in the document between the
-marks <!-- name --> and <!-- /name -->; one whose step is missing is left as it is.
+anime-faces.zip, train.txt and test.txt; lbpcascade_animeface.xml for the sampled faces, and
+unseen.csv (with the columns of train.csv) for the news. What a command prints is saved in
+runs/all/<step>.txt, and a step with that file is not run again: delete it to measure again. A table
+stands in the document between the marks <!-- name --> and <!-- /name -->; a table whose step has
+not been run is left as it is.
 """
 
-import argparse
 import json
 import math
 import re
@@ -19,172 +19,247 @@ import shlex
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results.md"
 LAMBDAS = ("0", "1", "50", "100")
-DIGITS, FACES = "--data {data}/TibetanMNIST.npz", "--data {data}/anime-faces.zip"
+
+# Parts of the commands
+DIGITS = "--data {data}/TibetanMNIST.npz"
+FACES = "--data {data}/anime-faces.zip"
 GLOVE = "--data {data} --vectors {data}/glove.6B.100d.txt"
-JUDGE = "--cascade {data}/lbpcascade_animeface.xml"
+CASCADE = "--cascade {data}/lbpcascade_animeface.xml"
 SOFTER = "--temperature 0.85"  # chosen on validation images, as the script's own is
 SWEEP = "--lambda " + " ".join(LAMBDAS)
-LINES = f"""
-news          15 bench/transformer.py accuracy {GLOVE} --unseen {{data}}/unseen.csv
-news-speed     5 bench/transformer.py speed {GLOVE} --rounds 7
-digits         5 vae_mnist.py {DIGITS} --out {{out}}/digits --resume
-digits-long   13 vae_mnist.py {DIGITS} --out {{out}}/digits-long --epochs 90 --resume
-digits-lambda  6 vae_mnist.py {DIGITS} --out {{out}}/digits-lambda {SWEEP} --epochs 8 --resume
-faces         10 vae_anime.py {FACES} --out {{out}}/faces --resume
-faces-long    12 vae_anime.py {FACES} --out {{out}}/faces-long --epochs 10 {SOFTER} --resume
-faces-lambda  11 vae_anime.py {FACES} --out {{out}}/faces-lambda {SWEEP} --epochs 2 --resume
-digits-drawn       3 bench/vae.py samples digits {DIGITS} --out {{out}}/digits --count 10000
-digits-long-drawn  3 bench/vae.py samples digits {DIGITS} --out {{out}}/digits-long --count 10000
-faces-drawn        3 bench/vae.py samples faces {FACES} --out {{out}}/faces {JUDGE}
-faces-long-drawn   3 bench/vae.py samples faces {FACES} --out {{out}}/faces-long {JUDGE} {SOFTER}
-digits-peers  20 bench/vae.py peers digits {DIGITS} --seconds 300
-faces-peers   30 bench/vae.py peers faces {FACES} --seconds 720
-tenses        60 bench/cvae.py scores --data {{data}} --out {{out}}/cvae
-tenses-speed   5 bench/cvae.py speed --data {{data}}
-waiting        5 bench/waiting.py --rounds 1
-"""  # name, minutes on two cores, command
-STEPS = [line.split(maxsplit=2) for line in LINES.strip().splitlines()]
 
 
-def read_metrics(out: Path, run: str, weight: str = "1") -> dict:
-    return json.loads((out / run / f"lambda-{weight}" / "metrics.json").read_text())
+class Step(NamedTuple):
+    """A command, and about how many minutes it takes on two cores."""
+
+    name: str
+    minutes: int
+    command: str
 
 
-def printed(out: Path, name: str) -> str:
+STEPS = [
+    Step("news", 15, f"bench/transformer.py accuracy {GLOVE} --unseen {{data}}/unseen.csv"),
+    Step("news-speed", 5, f"bench/transformer.py speed {GLOVE} --rounds 7"),
+    Step("digits", 5, f"vae_mnist.py {DIGITS} --out {{out}}/digits --resume"),
+    Step("digits-measured", 2, "report/measure.py vae_mnist {out}/digits"),
+    Step(
+        "digits-long", 13, f"vae_mnist.py {DIGITS} --out {{out}}/digits-long --epochs 90 --resume"
+    ),
+    Step("digits-long-measured", 2, "report/measure.py vae_mnist {out}/digits-long"),
+    Step(
+        "digits-lambda",
+        6,
+        f"vae_mnist.py {DIGITS} --out {{out}}/digits-lambda {SWEEP} --epochs 8 --resume",
+    ),
+    Step("faces", 10, f"vae_anime.py {FACES} --out {{out}}/faces --resume"),
+    Step("faces-measured", 2, "report/measure.py vae_anime {out}/faces"),
+    Step(
+        "faces-long",
+        12,
+        f"vae_anime.py {FACES} --out {{out}}/faces-long --epochs 10 {SOFTER} --resume",
+    ),
+    Step("faces-long-measured", 2, "report/measure.py vae_anime {out}/faces-long"),
+    Step(
+        "faces-lambda",
+        11,
+        f"vae_anime.py {FACES} --out {{out}}/faces-lambda {SWEEP} --epochs 2 --resume",
+    ),
+    Step(
+        "digits-drawn",
+        3,
+        f"bench/vae.py samples digits {DIGITS} --out {{out}}/digits --count 10000",
+    ),
+    Step(
+        "digits-long-drawn",
+        3,
+        f"bench/vae.py samples digits {DIGITS} --out {{out}}/digits-long --count 10000",
+    ),
+    Step("faces-drawn", 3, f"bench/vae.py samples faces {FACES} --out {{out}}/faces {CASCADE}"),
+    Step(
+        "faces-long-drawn",
+        3,
+        f"bench/vae.py samples faces {FACES} --out {{out}}/faces-long {CASCADE} {SOFTER}",
+    ),
+    Step("digits-peers", 25, f"bench/vae.py peers digits {DIGITS} --seconds 300"),
+    Step("faces-peers", 40, f"bench/vae.py peers faces {FACES} --seconds 720"),
+    Step("tenses", 60, "bench/cvae.py scores --data {data} --out {out}/cvae"),
+    Step("tenses-speed", 5, "bench/cvae.py speed --data {data}"),
+    Step("waiting", 5, "bench/waiting.py --rounds 1"),
+]
+
+
+# Tables -------------------------------------------------------------------------------------------
+def read_json(out: Path, run: str, name: str, kl_weight: str = "1") -> dict:
+    path = out / run / f"lambda-{kl_weight}" / name
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def printed_table(out: Path, step: str) -> str:
     """The table in what the step printed."""
-    lines = (out / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    lines = (out / f"{step}.txt").read_text(encoding="utf-8").splitlines()
     return "\n".join(line for line in lines if line.startswith("|"))
 
 
 def images_table(out: Path) -> str:
-    """-ELBO of digits and faces, of the default and of the longer runs."""
-    lines = ["| command | test -ELBO | training images | rest |", "| --- " * 4 + "|"]
-    runs = {run: read_metrics(out, run) for run in ("digits", "digits-long", "faces", "faces-long")}
-    for run, m in runs.items():
-        digits = "digits" in run
-        command = f"python vae_{'mnist' if digits else 'anime'}.py"
-        command += f" --epochs {m['epochs']}" if "long" in run else ""
-        bits, test, train = m["bits_per_dim"], m["neg_elbo"]["test"], m["neg_elbo"]["train"]
-        rest = f"{m['psnr_db']:.2f} dB, {m['active_units']} of {m['latent_dim']} units active"
-        rest += f", {m['parameters']:,} weights"
-        if digits:
-            figure, train = f"**{test:.2f} nats** ({bits:.3f} bits/dim)", f"{train:.2f}"
-            images = f"{m['iwae_images']} images, on which -ELBO is {m['iwae_neg_elbo']:.2f}"
-            rest = f"IWAE-{m['iwae_samples']} {m['iwae']:.2f} nats ({images}), {rest}"
-        else:
-            figure = f"**{bits:.3f} bits/dim** ({m['bits_per_dim_one_sigma']:.3f} with one σ)"
-            train = f"{bits + (train - test) / (3 * 64 * 64) / math.log(2):.3f}"
-        lines.append(f"| `{command}` | {figure} | {train} | {rest} |")
+    """The -ELBO of digits and faces, of the default and of the longer runs."""
+    lines = ["| command | test -ELBO | training images | rest |", "| --- | --- | --- | --- |"]
+    for run in ("digits", "digits-long"):
+        lines.append(digits_row(out, run))
+    for run in ("faces", "faces-long"):
+        lines.append(faces_row(out, run))
     return "\n".join(lines)
 
 
+def command_of(script: str, run: str, metrics: dict) -> str:
+    flags = f" --epochs {metrics['epochs']}" if run.endswith("-long") else ""
+    return f"`python {script}{flags}`"
+
+
+def active_units(metrics: dict) -> str:
+    units = f"{metrics['active_units']} of {metrics['latent_dim']} units active"
+    return f"{units}, {metrics['parameters']:,} weights"
+
+
+def digits_row(out: Path, run: str) -> str:
+    metrics = read_json(out, run, "metrics.json")
+    measured = read_json(out, run, "measured.json")
+    test = metrics["neg_elbo"]["test"]
+    figure = f"**{test:.2f} nats** ({metrics['bits_per_dim']:.3f} bits/dim)"
+    train = f"{metrics['neg_elbo']['train']:.2f}"
+
+    images = f"{measured['iwae_images']} images, on which -ELBO is {measured['iwae_neg_elbo']:.2f}"
+    iwae = f"IWAE-{measured['iwae_samples']} {measured['iwae']:.2f} nats ({images})"
+    rest = f"{iwae}, {metrics['psnr_db']:.2f} dB, {active_units(metrics)}"
+    return f"| {command_of('vae_mnist.py', run, metrics)} | {figure} | {train} | {rest} |"
+
+
+def faces_row(out: Path, run: str) -> str:
+    metrics = read_json(out, run, "metrics.json")
+    measured = read_json(out, run, "measured.json")
+    bits = metrics["bits_per_dim"]
+    figure = f"**{bits:.3f} bits/dim** ({measured['bits_per_dim_one_sigma']:.3f} with one σ)"
+    worse = metrics["neg_elbo"]["train"] - metrics["neg_elbo"]["test"]  # in nats
+    train = f"{bits + worse / (3 * 64 * 64) / math.log(2):.3f}"
+
+    rest = f"{metrics['psnr_db']:.2f} dB, {active_units(metrics)}"
+    return f"| {command_of('vae_anime.py', run, metrics)} | {figure} | {train} | {rest} |"
+
+
 def lambda_table(out: Path) -> str:
-    """What λ does to reconstruction, KL and active units of both."""
-    names = ["λ"]
+    """What λ does to reconstruction, KL and active units of digits and faces."""
+    header = ["λ"]
     for run in ("digits", "faces"):
-        names += [
-            f"{run}: reconstruction",
-            "KL",
-            f"active of {read_metrics(out, run + '-lambda')['latent_dim']}",
-        ]
-    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
-    for weight in LAMBDAS:
-        cells = [weight]
+        latent_dim = read_json(out, f"{run}-lambda", "metrics.json")["latent_dim"]
+        header += [f"{run}: reconstruction", "KL", f"active of {latent_dim}"]
+    lines = [f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
+
+    for kl_weight in LAMBDAS:
+        cells = [kl_weight]
         for run in ("digits", "faces"):
-            m = read_metrics(out, f"{run}-lambda", weight)
-            cells += [f"{m['reconstruction']['test']:,.2f}", f"{m['kl']['test']:,.1f}"]
-            cells.append(str(m["active_units"]))
+            metrics = read_json(out, f"{run}-lambda", "metrics.json", kl_weight)
+            cells.append(f"{metrics['reconstruction']['test']:,.2f}")
+            cells.append(f"{metrics['kl']['test']:,.1f}")
+            cells.append(str(metrics["active_units"]))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def drawn_table(out: Path, kind: str) -> str:
-    """What the judge printed of the default run and of the longer one."""
-    lines = printed(out, f"{kind}-drawn").splitlines()
-    longer = [
-        row for row in printed(out, f"{kind}-long-drawn").splitlines()[2:] if "real" not in row
-    ]
-    return "\n".join([*lines, *(f"| longer run: {row.removeprefix('| ')}" for row in longer)])
+def samples_table(out: Path, kind: str) -> str:
+    """What the judge printed of the default run, and of the longer one without the real images."""
+    lines = printed_table(out, f"{kind}-drawn").splitlines()
+    for row in printed_table(out, f"{kind}-long-drawn").splitlines()[2:]:
+        if "real" not in row:
+            lines.append(f"| longer run: {row.removeprefix('| ')}")
+    return "\n".join(lines)
 
 
+# The name of a table is that of its marks in the document.
 TABLES: dict[str, Callable[[Path], str]] = {
     "images": images_table,
     "lambda": lambda_table,
-    "faces-drawn": lambda out: drawn_table(out, "faces"),
-    "digits-drawn": lambda out: drawn_table(out, "digits"),
+    "faces-drawn": partial(samples_table, kind="faces"),
+    "digits-drawn": partial(samples_table, kind="digits"),
 }
-TABLES |= {
-    name: partial(printed, name=name)
-    for name in ("news", "news-speed", "digits-peers", "faces-peers")
-    + ("tenses", "tenses-speed", "waiting")
-}
-
-
-def run_step(name: str, command: str, args: argparse.Namespace) -> None:
-    """Run the command, and keep what it printed if it ended well."""
-    words = shlex.split(command.format(data=args.data.resolve(), out=args.out.resolve()))
-    print("$ python", *words, flush=True)
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"error: {name} ended with {done.returncode}. Run this again to go on")
-    (args.out / f"{name}.txt").write_text(done.stdout, encoding="utf-8")
-    print(f"{done.stdout}took {time.monotonic() - began:.0f} s\n", flush=True)
+PRINTED = ("news", "news-speed", "digits-peers", "faces-peers", "tenses", "tenses-speed", "waiting")
+TABLES |= {name: partial(printed_table, step=name) for name in PRINTED}
 
 
 def write_tables(document: Path, out: Path) -> list[str]:
-    """Put each table between its marks; return the names of those that have nothing measured."""
-    text, missing = document.read_text(encoding="utf-8"), []
+    """Put each table between its marks. Return the names of those that have not been measured."""
+    text = document.read_text(encoding="utf-8")
+    missing = []
     for name, table in TABLES.items():
         try:
             block = f"<!-- {name} -->\n{table(out)}\n<!-- /{name} -->"
         except FileNotFoundError:
             missing.append(name)
             continue
-        place = re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.S)
-        count, text = len(place.findall(text)), place.sub(block.replace("\\", r"\\"), text)
+
+        marked = re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
+        count = len(marked.findall(text))
         if count != 1:
             raise SystemExit(f"error: {document}: {count} places for the table {name}. Mark one")
+        text = marked.sub(block.replace("\\", r"\\"), text)
     document.write_text(text, encoding="utf-8")
     return missing
 
 
+# Steps --------------------------------------------------------------------------------------------
+def run_step(step: Step, args: Namespace) -> None:
+    """Run the command, and save what it printed if it succeeded."""
+    words = shlex.split(step.command.format(data=args.data.resolve(), out=args.out.resolve()))
+    print("$ python", *words, flush=True)
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        message = f"{step.name} ended with {done.returncode}. Run this again to continue"
+        raise SystemExit(f"error: {message}")
+    (args.out / f"{step.name}.txt").write_text(done.stdout, encoding="utf-8")
+    print(f"{done.stdout}took {time.monotonic() - started:.0f} s\n", flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    names = [step.name for step in STEPS]
     add = parser.add_argument
     add("--data", type=Path, default=ROOT / "data", help="folder with the real files [data/]")
     add("--out", type=Path, default=ROOT / "runs" / "all", help="of runs and output [runs/all/]")
-    names = [name for name, *_ in STEPS]
     add("--only", nargs="+", choices=names, default=names, metavar="STEP", help="these alone")
     add("--list", action="store_true", help="print what is to be done, and do nothing")
     add("--tables", action="store_true", help="write the tables from what is there, run nothing")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    steps = [(name, int(minutes), command) for name, minutes, command in STEPS]
-    steps = [step for step in steps if step[0] in args.only]
-    steps = [step for step in steps if not (args.out / f"{step[0]}.txt").exists()]
-    total = sum(minutes for _, minutes, _ in steps)
+
+    steps = []
+    for step in STEPS:
+        if step.name in args.only and not (args.out / f"{step.name}.txt").exists():
+            steps.append(step)
+    total = sum(step.minutes for step in steps)
     print(f"to do     {len(steps)} steps, about {total} minutes on two cores")
     if args.list:
-        print(*(f"{minutes:4} min  python {command}" for _, minutes, command in steps), sep="\n")
+        for step in steps:
+            print(f"{step.minutes:4} min  python {step.command}")
         return
+
     if not args.tables:
-        form = "{l_bar}{bar}| {n:.0f}/{total:.0f} min [{elapsed}<{remaining}]"
-        with tqdm(total=total, bar_format=form, disable=None) as bar:
-            for name, minutes, command in steps:
-                run_step(name, command, args)
-                bar.update(minutes)
+        bar_format = "{l_bar}{bar}| {n:.0f}/{total:.0f} min [{elapsed}<{remaining}]"
+        with tqdm(total=total, bar_format=bar_format, disable=None) as bar:
+            for step in steps:
+                run_step(step, args)
+                bar.update(step.minutes)
     for name in write_tables(RESULTS, args.out):
-        print(f"as it was {name}: not measured in {args.out}")
+        print(f"unchanged {name}: not measured in {args.out}")
     print(f"wrote     the tables of {RESULTS}")
 
 

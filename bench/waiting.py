@@ -1,74 +1,113 @@
-"""How long should a thread that waits for the others stay awake? A training step, in turn.
+"""How long should a thread that waits for the others spin before it sleeps?
 
-    python bench/waiting.py            steps of digits and faces, alone and beside a second such run
+    python bench/waiting.py    training steps of digits and faces, alone and beside a second run
 
-PyTorch's threads meet after every operation. One that stays awake is there at once, but takes the
-core from other programs; one that sleeps is late, and later still where it has to wait for a core.
+PyTorch's threads meet after every operation. One that spins is there at once, but takes the core
+from other programs. One that sleeps is late, and later still where it has to wait for a core.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-WAYS = {
-    "awake for milliseconds, as PyTorch comes": {"GOMP_SPINCOUNT": "300000"},  # libgomp's own
-    "asleep at once": {"GOMP_SPINCOUNT": "0"},
-    "**awake for 2,000 looks, as the scripts set it**": {"GOMP_SPINCOUNT": "2000"},
+SPIN_COUNTS = {  # GOMP_SPINCOUNT
+    "spin for milliseconds, PyTorch's default": "300000",  # that of libgomp
+    "sleep at once": "0",
+    "**spin 2,000 times, as the scripts set it**": "2000",
 }
 
 
-def steps(name: str, count: int) -> None:
-    """Print the mean milliseconds of a training step on made-up images, after a tenth of them."""
+class Case(NamedTuple):
+    """So many training steps of a script, in so many programs at once."""
+
+    script: str
+    steps: int
+    programs: int
+
+
+CASES = [
+    Case("vae_mnist", 200, 1),
+    Case("vae_mnist", 200, 2),
+    Case("vae_anime", 10, 1),
+    Case("vae_anime", 10, 2),
+]
+
+
+def time_steps(name: str, count: int) -> None:
+    """Print the mean milliseconds of a training step on random images.
+
+    The first tenth of the steps is not counted.
+    """
+    # PyTorch reads GOMP_SPINCOUNT when it is imported, so only here, in a program of its own.
     sys.path.insert(0, str(ROOT))
-    t = __import__(name)
-    model = t.VAE(t.LATENT_DIM, True).train()
-    optimizer = t.torch.optim.Adam(model.parameters(), 1e-4, fused=True)
-    x = t.to_pixels(t.torch.randint(256, (32, *t.SHAPE), dtype=t.torch.uint8))
-    taken = []
+    import torch
+
+    if name == "vae_mnist":
+        import vae_mnist as script
+    else:
+        import vae_anime as script
+
+    channels = 1 if name == "vae_mnist" else 3
+    images = torch.randint(256, (32, channels, script.SIZE, script.SIZE), dtype=torch.uint8)
+    x = script.to_pixels(images)
+    model = script.VAE(script.Config().latent_dim)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    generator = torch.Generator().manual_seed(0)
+
+    milliseconds = []
     for _ in range(count):
-        began = time.perf_counter()
-        reconstruction, kl = (term.mean() for term in model(x))
+        started = time.perf_counter()
+        loss = sum(term.mean() for term in model(x, generator))
         optimizer.zero_grad()
-        (reconstruction + kl).backward()
+        loss.backward()
         optimizer.step()
-        taken.append(1000 * (time.perf_counter() - began))
-    print(statistics.mean(taken[len(taken) // 10 :]))
+        milliseconds.append(1000 * (time.perf_counter() - started))
+    print(statistics.mean(milliseconds[count // 10 :]))
 
 
-def measure(name: str, way: dict[str, str], count: int, runs: int) -> float:
-    """Milliseconds a step, the mean of `runs` programs at once."""
-    command = [sys.executable, __file__, "--steps", str(count), "--script", name]
-    start = [
-        subprocess.Popen(command, env=os.environ | way, stdout=subprocess.PIPE, text=True)
-        for _ in range(runs)
-    ]
-    return statistics.mean(float(process.communicate()[0]) for process in start)
+def measure(case: Case, spin_count: str) -> float:
+    """Return milliseconds per step, the mean of the programs that run at once."""
+    command = [sys.executable, __file__, "--steps", str(case.steps), "--script", case.script]
+    environment = os.environ | {"GOMP_SPINCOUNT": spin_count}
+    programs = []
+    for _ in range(case.programs):
+        program = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        programs.append(program)
+
+    means = []
+    for program in programs:
+        output, _ = program.communicate()
+        means.append(float(output))
+    return statistics.mean(means)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--script", choices=("vae_mnist", "vae_anime"), help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)  # of a program started here
+    # How `measure` starts this file again:
+    parser.add_argument("--script", choices=("vae_mnist", "vae_anime"), help=SUPPRESS)
+    parser.add_argument("--steps", type=int, help=SUPPRESS)
     args = parser.parse_args()
     if args.steps:
-        return steps(args.script, args.steps)
-    scripts = {"vae_mnist": 200, "vae_anime": 10}
-    cases = [(name, count, runs) for name, count in scripts.items() for runs in (1, 2)]
-    found = {(way, case): [] for way in WAYS for case in cases}
+        time_steps(args.script, args.steps)
+        return
+
+    results = {}
     for _ in range(args.rounds):
-        for way, case in found:
-            name, count, runs = case
-            found[way, case].append(measure(name, WAYS[way], count, runs))
+        for way, spin_count in SPIN_COUNTS.items():
+            for case in CASES:
+                results.setdefault((way, case), []).append(measure(case, spin_count))
+
     print("| waiting threads | digits, alone | two at once | faces, alone | two at once |")
     print("| --- | --- | --- | --- | --- |")
-    for way in WAYS:
-        cells = [f"{statistics.median(found[way, case]):.0f}" for case in cases]
+    for way in SPIN_COUNTS:
+        cells = [f"{statistics.median(results[way, case]):.0f}" for case in CASES]
         print(f"| {way} | {' | '.join(cells)} |")
 
 

@@ -1,27 +1,31 @@
-"""A page to play with finished runs: news, digits, faces and English tenses.
+"""A page to explore finished runs: news, digits, faces and English tenses.
 
-pip install -r demo/requirements.txt
-python demo/app.py          reads runs/ where you stand, opens http://127.0.0.1:7860
-python demo/app.py --quick  first makes the runs that are missing, on the bundled sample
+    pip install -r demo/requirements.txt
+    python demo/app.py          reads runs/ where you stand, opens http://127.0.0.1:7860
+    python demo/app.py --quick  first trains what is missing, on the bundled sample
+
+Several visitors can use the page at once. So all that is random comes from a generator that is
+seeded for one answer, and a visitor's mistake is a `gr.Error`, which that visitor alone sees.
 """
 
-import argparse
-import contextlib
 import html
-import io
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from functools import cache, partial
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # must be set before Gradio is imported
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "lab4")]
+
 import cvae
 import gradio as gr
 import numpy as np
@@ -29,321 +33,618 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
+from torch.distributions import Independent
 
 import transformer
 import vae_anime
 import vae_mnist
+from vae_mnist import UserError, random_generator
 
-SAMPLE, listen = ROOT / "data" / "sample", partial(gr.on, trigger_mode="always_last")
-QUICK = {  # run: script, file of the sample, flags; a few minutes in all
-    "transformer": ("transformer.py", "", "--epochs 8"),
-    "vae_mnist": ("vae_mnist.py", "TibetanMNIST.npz", "--lambda 1 100 --epochs 60 --iwae 4"),
-    "vae_anime": ("vae_anime.py", "anime-faces.zip", "--lambda 1 100 --epochs 20 --iwae 4"),
-    "cvae": ("lab4/cvae.py", "", "--epochs 60 --hidden-dim 128"),
+SAMPLE_DATA = ROOT / "data" / "sample"
+MAX_UPLOAD_BYTES = 10 * 2**20
+USER_ERRORS = (transformer.UserError, vae_mnist.UserError, vae_anime.UserError, cvae.UserError)
+
+
+class QuickRun(NamedTuple):
+    """A run of a few minutes on the bundled sample."""
+
+    script: str
+    data: str  # in data/sample; empty for the folder itself
+    flags: str
+
+
+QUICK = {
+    "transformer": QuickRun("transformer.py", "", "--epochs 8"),
+    "vae_mnist": QuickRun("vae_mnist.py", "TibetanMNIST.npz", "--lambda 1 100 --epochs 60"),
+    "vae_anime": QuickRun("vae_anime.py", "anime-faces.zip", "--lambda 1 100 --epochs 20"),
+    "cvae": QuickRun("lab4/cvae.py", "", "--epochs 60 --hidden-dim 128"),
 }
+
+# News
 EXAMPLES = [
     ["Stocks slip as oil nears record high", "Investors worry that dear crude slows the economy."],
     ["Underdogs win the cup final in extra time", "A late goal ended a run of forty years."],
     ["Probe sends first pictures of a ringed moon", "Scientists say the craft works as planned."],
 ]
-TOPICS = {"1": "1 World", "2": "2 Sports", "3": "3 Business", "4": "4 Sci/Tech"}  # AG News'
-SLIDERS, MAX_BYTES = 5, 10 * 2**20  # directions of the code to move along; of an upload
+AG_NEWS_CLASSES = {"1": "1 World", "2": "2 Sports", "3": "3 Business", "4": "4 Sci/Tech"}
+ORANGE = "255, 140, 0"
+BLUE = "30, 120, 220"
+
+# Digits and faces
+EXAMPLE_IMAGES = 12
+SAMPLES = 36
+SLIDERS = 5
+PRIOR_SAMPLES = 1000  # to find the directions in which the prior varies most
+PICTURE_WIDTH = 800  # pixels on the page, about
+
+# Gradio's components with the arguments that they share on this page
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
+listen = partial(gr.on, trigger_mode="always_last")  # of quick changes, answer the last one
+page_error = partial(gr.Error, print_exception=False)
 Picture = partial(gr.Image, interactive=False, buttons=["download", "fullscreen"])
 Upload = partial(gr.Image, type="filepath", height=260, sources=["upload"])
-sentence = partial(gr.Error, print_exception=False)
-Number = partial(gr.Number, 0, label="Seed", precision=0, minimum=0, maximum=2**31)
+Seed = partial(gr.Number, 0, label="Seed", precision=0, minimum=0, maximum=2**31)
 
 
-@contextlib.contextmanager
-def told_on_the_page() -> Iterator[None]:
-    """What a script would end with in a terminal becomes a sentence on the page."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            yield
-    except SystemExit:
-        raise sentence(said.getvalue().removeprefix("error:").strip()) from None
+# News ---------------------------------------------------------------------------------------------
+class Answer(NamedTuple):
+    """What the page shows of a classified text."""
+
+    probabilities: dict[str, float]  # by class
+    attention: str  # HTML
+    deletion: str  # HTML
 
 
-def shade(title: str, words: list[str], values: torch.Tensor, color: str) -> str:
-    """The title, and below it the words as HTML, each the darker the higher its value."""
-    shares = (values / values.max().clamp_min(1e-9)).clamp_min(0).tolist()
-    style = '<span style="background: rgba({}, {:.2f}); padding: 2px 3px">{}</span>'
-    pairs = zip(words, shares, strict=True)
-    spans = [style.format(color, share, html.escape(word)) for word, share in pairs]
+class News:
+    """The finished run of transformer.py, and what the page shows of a text."""
+
+    def __init__(self, folder: Path):
+        self.models, self.checkpoint = transformer.load_finished(folder)
+        self.vocabulary = transformer.Vocabulary(**self.checkpoint["vocabulary"])
+        self.tokenize = transformer.make_tokenizer(self.checkpoint["settings"]["tokenizer"])
+        self.heads = self.checkpoint["settings"]["nhead"]
+        self.classes = self.checkpoint["classes"]
+
+    def probabilities(self, texts: list[Tensor]) -> Tensor:
+        """The class probabilities (N, C) of encoded texts, averaged over the models."""
+        outputs = [transformer.predict_probabilities(model, texts) for model in self.models]
+        return torch.stack(outputs).mean(0)
+
+    def classify_text(self, title: str, description: str, head: str) -> Answer:
+        """Classify a text, and shade its words by attention and by what their deletion changes."""
+        columns = [title, description]
+        if self.vocabulary.columns == 1:
+            columns = [f"{title} {description}"]
+
+        tokens = transformer.split_text(columns, self.tokenize)
+        if not tokens:
+            raise page_error("Type a title or a description first.")
+        text = self.vocabulary.encode(tokens)  # (T, 3)
+        words = [token.word for token in tokens[: len(text)]]
+
+        [probabilities] = self.probabilities([text])
+        names = [AG_NEWS_CLASSES.get(name, name) for name in self.classes]
+        attention = self.attention_received(text, head)
+        drop = self.drop_by_deletion(text, probabilities)
+        return Answer(
+            dict(zip(names, probabilities.tolist(), strict=True)),
+            shade("Attention received in the last layer", words, attention, ORANGE),
+            shade("Drop in the answer's probability without the word", words, drop, BLUE),
+        )
+
+    @torch.no_grad()
+    def attention_received(self, text: Tensor, head: str) -> Tensor:
+        """The attention that each token receives, averaged over tokens and models, (T,)."""
+        received = []
+        for model in self.models:
+            _, attn_weights = model(text[None])  # (1, nhead, T, T)
+            received.append(attn_weights[0].mean(1))
+
+        by_head = torch.stack(received).mean(0)  # (nhead, T)
+        return by_head.mean(0) if head == "mean" else by_head[int(head) - 1]
+
+    def drop_by_deletion(self, text: Tensor, probabilities: Tensor) -> Tensor:
+        """How much less probable the predicted class is without each token, (T,)."""
+        if len(text) == 1:
+            return torch.zeros(1)  # nothing would be left to classify
+
+        shortened = []
+        for i in range(len(text)):
+            shortened.append(torch.cat([text[:i], text[i + 1 :]]))
+        predicted = probabilities.argmax()
+        return probabilities[predicted] - self.probabilities(shortened)[:, predicted]
+
+    def classify_csv(self, path: str) -> str:
+        """Write submission.csv for a file with the training file's columns except the label."""
+        try:
+            columns, rows = self.read_csv(Path(path))
+        except transformer.UserError as error:
+            raise page_error(str(error)) from None
+
+        predicted = transformer.classify(self.models, self.checkpoint, rows.texts).argmax(1)
+        labels = [self.classes[i] for i in predicted]
+        submission = pd.DataFrame({columns.id or "Id": rows.ids, columns.label: labels})
+        out = Path(tempfile.mkdtemp()) / "submission.csv"
+        submission.to_csv(out, index=False)
+        return str(out)
+
+    def read_csv(self, path: Path) -> tuple[transformer.Columns, transformer.Rows]:
+        """Read the ids and texts of a visitor's file. Raises UserError if it has other columns."""
+        table = transformer.read_table(path)
+        by_lower_case = {name.lower(): name for name in table}
+        id_column = by_lower_case.get("id")
+        text_columns = [name for name in table if name != id_column]
+
+        wanted = self.vocabulary.columns
+        if len(text_columns) != wanted:
+            found = ", ".join(table)
+            raise transformer.UserError(f"Give {wanted} text columns and Id; found {found}.")
+        columns = transformer.Columns("Category", id_column, text_columns)
+        return columns, transformer.read_rows(table, Path(path.name), columns)
+
+
+def shade(title: str, words: list[str], values: Tensor, colour: str) -> str:
+    """Return the title and the words as HTML, each word the darker the higher its value."""
+    opacities = (values / values.max().clamp_min(1e-9)).clamp_min(0).tolist()
+    spans = []
+    for word, opacity in zip(words, opacities, strict=True):
+        style = f"background: rgba({colour}, {opacity:.2f}); padding: 2px 3px"
+        spans.append(f'<span style="{style}">{html.escape(word)}</span>')
+
     return f'<b>{title}</b><div style="line-height: 2.1">{" ".join(spans)}</div>'
 
 
-def news_tab(folder: Path) -> None:
-    with told_on_the_page():
-        models, state = transformer.load_finished(folder)
-    vocabulary = transformer.Vocabulary(**state["vocabulary"])
-
-    def probabilities(texts: list[torch.Tensor]) -> torch.Tensor:
-        each = [transformer.predict_probabilities(model, texts) for model in models]
-        return torch.stack(each).mean(0)
-
-    @torch.no_grad()
-    def read(title: str, description: str, head: str) -> tuple[dict, str, str]:
-        """Each class's probability, and the text shaded by attention and by deletion."""
-        text = ("\t" if vocabulary.columns > 1 else " ").join([title, description])
-        tokens = transformer.split_text(text, vocabulary.columns)
-        if not tokens:
-            raise sentence("Type a title or a description first.")
-        encoded = vocabulary.encode(tokens)
-        words, rows = [word for word, *_ in tokens][: len(encoded)], torch.arange(len(encoded))
-        [shares] = probabilities([encoded])
-        maps = [model(encoded[None])[1][0] for model in models]
-        received = torch.stack(maps).mean((0, 2))  # (heads, T): by a word, from all words
-        attention = received.mean(0) if head == "mean" else received[int(head) - 1]
-        without = [encoded[rows != row] for row in rows] if len(words) > 1 else [encoded]
-        loss = shares.max() - probabilities(without)[:, shares.argmax()]
-        names = [TOPICS.get(name, name) for name in state["classes"]]
-        looked = shade("Attention received in the last layer", words, attention, "255, 140, 0")
-        lost = shade("What the answer loses without the word", words, loss, "30, 120, 220")
-        return dict(zip(names, shares.tolist(), strict=True)), looked, lost
-
-    def classify_csv(path: str) -> str:
-        """submission.csv of an uploaded file that has the training file's columns but the label."""
-        with told_on_the_page():
-            table, _ = transformer.read_table(Path(path))
-            key = {name.lower(): name for name in table}.get("id")
-            columns = [name for name in table if name != key]
-            if len(columns) != (wanted := vocabulary.columns):
-                transformer.fail(f"Give {wanted} text columns and Id; found {', '.join(table)}.")
-            ids, texts = transformer.read_texts(table, Path(Path(path).name), key, columns)
-        best = transformer.classify(models, state, texts).argmax(1)
-        answer = {key or "Id": ids, "Category": [state["classes"][i] for i in best]}
-        out = f"{tempfile.mkdtemp()}/submission.csv"
-        pd.DataFrame(answer).to_csv(out, index=False)
-        return out
-
+def news_tab(news: News) -> None:
+    """Lay out the tab of news."""
     gr.Markdown(
-        f"{len(models)} Transformers, each trained without a part of the texts, say what a text is "
-        "about. A word may be looked at (orange) and yet change nothing (blue)."
+        f"{len(news.models)} Transformers, each trained without a part of the texts, classify a "
+        "text. A word may receive attention (orange) and yet change nothing (blue)."
     )
-    shown = read(*EXAMPLES[0], "mean")
+    answer = news.classify_text(*EXAMPLES[0], "mean")
     with gr.Row():
         with gr.Column():
             title = gr.Textbox(EXAMPLES[0][0], label="Title")
             description = gr.Textbox(EXAMPLES[0][1], label="Description", lines=3)
-            heads = [str(head + 1) for head in range(state["settings"]["heads"])]
-            head = gr.Radio(["mean", *heads], value="mean", label="Head of attention")
+            heads = ["mean", *map(str, range(1, news.heads + 1))]
+            head = gr.Radio(heads, value="mean", label="Attention head")
             button = gr.Button("Classify", variant="primary")
             gr.Examples(EXAMPLES, [title, description])
+
         with gr.Column():
-            bars = gr.Label(shown[0], label="Probability of each class")
-            outputs = [bars, gr.HTML(shown[1]), gr.HTML(shown[2])]
+            probabilities = gr.Label(answer.probabilities, label="Probability of each class")
+            attention = gr.HTML(answer.attention)
+            deletion = gr.HTML(answer.deletion)
+
     events = [button.click, title.submit, title.change, head.input]
-    listen(events, read, [title, description, head], outputs)
+    shown = [probabilities, attention, deletion]
+    listen(events, news.classify_text, [title, description, head], shown)
+
     with gr.Row():
         upload = gr.File(label="A csv to classify: Id and the text columns", type="filepath")
-        upload.upload(classify_csv, upload, gr.File(label="submission.csv", interactive=False))
+        submission = gr.File(label="submission.csv", interactive=False)
+        upload.upload(news.classify_csv, upload, submission)
 
 
-class Drawer:
-    """The finished runs of one of the twins, a model for each λ."""
+# Digits and faces ---------------------------------------------------------------------------------
+def principal_directions(model: torch.nn.Module) -> Tensor:
+    """The directions in which the prior p(z) varies most, each one σ long, (SLIDERS, k)."""
+    z = model.prior.sample(PRIOR_SAMPLES, 1.0, random_generator(0))
+    _, singular_values, directions = torch.linalg.svd(z - z.mean(0), full_matrices=False)
+    sigma = singular_values / PRIOR_SAMPLES**0.5
+    return (directions * sigma[:, None])[:SLIDERS]
 
-    def __init__(self, script, out: Path):
-        self.script, self.out, self.load = script, out, cache(self.load)
-        names = [path.parent.name.removeprefix("lambda-") for path in out.glob("*/metrics.json")]
-        self.weights = sorted((n for n in names if not n.endswith(".previous")), key=float)
-        self.examples = [f"{tempfile.mkdtemp()}/{number}.png" for number in range(12)]
-        config = json.loads((out / f"lambda-{self.weights[0]}" / "config.json").read_text())
-        data = Path(config["arguments"]["data"] or "none")  # that the run was trained on
-        images = script.load_images(script.find_data(data if data.exists() else None))[0]
-        for image, path in zip(images, self.examples, strict=False):
-            self.picture(torch.from_numpy(image[None].copy()), 1).save(path)
 
-    def load(self, weight: str) -> tuple:
-        """The model of λ, its command line, and its most telling directions (SLIDERS, k)."""
-        with told_on_the_page():
-            model, _ = self.script.load_finished(self.out / f"lambda-{weight}", torch.device("cpu"))
-        self.script.seed_all(0)
-        z = model.prior().sample((1000,))
-        _, lengths, directions = torch.linalg.svd(z - z.mean(0), full_matrices=False)
-        args = self.script.parse_args([])  # seed and temperature
-        return model, args, (directions * lengths[:, None] / len(z) ** 0.5)[:SLIDERS]
+class ImageRuns:
+    """The finished runs of a VAE script, one model per λ, and the pictures that the page shows.
 
-    def picture(self, images: torch.Tensor, columns: int) -> Image.Image:
-        """uint8 images (N, C, H, W) as one picture of some 800 pixels."""
+    λ is a string as in the folders' names. The subclasses say how the two scripts differ.
+    """
+
+    script: ModuleType
+    mode: str  # Pillow's name for the colours
+    subject: str
+    note = ""  # on the page
+
+    def __init__(self, out: Path):
+        self.out = out
+        names = [folder.name.removeprefix("lambda-") for folder in finished_runs(out)]
+        self.kl_weights = sorted(names, key=float)
+        self.start = "1" if "1" in names else self.kl_weights[0]  # shown first
+
+        self.models = {}
+        self.directions = {}
+        for kl_weight in self.kl_weights:
+            model, _ = self.script.load_finished(self.folder(kl_weight), torch.device("cpu"))
+            self.models[kl_weight] = model
+            self.directions[kl_weight] = principal_directions(model)
+
+        self.temperature = self.script.Config().temperature
+        self.examples = self.save_examples()
+
+    def save_examples(self) -> list[str]:
+        """Save the first images of the run's data, or of the script's if that has moved away."""
+        config = json.loads((self.folder(self.start) / "config.json").read_text())
+        data = config["settings"]["data"]
+        given = Path(data) if data and Path(data).exists() else None
+        images, _ = self.script.load_images(self.script.find_data(given))
+
+        folder = Path(tempfile.mkdtemp())
+        paths = []
+        for i, image in enumerate(images[:EXAMPLE_IMAGES]):
+            path = folder / f"{i}.png"
+            self.picture(image[None], columns=1).save(path)
+            paths.append(str(path))
+        return paths
+
+    def folder(self, kl_weight: str) -> Path:
+        return self.out / f"lambda-{kl_weight}"
+
+    def picture(self, images: Tensor, columns: int) -> Image.Image:
+        """Put uint8 images (N, C, H, W) into one picture, enlarged without smoothing."""
         tiled = Image.fromarray(self.script.tile(images, columns)[1:-1, 1:-1])
-        return tiled.resize([side * (800 // tiled.width) for side in tiled.size], 0)
+        factor = PICTURE_WIDTH // tiled.width
+        size = (factor * tiled.width, factor * tiled.height)
+        return tiled.resize(size, Image.Resampling.NEAREST)
 
-    def encode(self, weight: str, path: str | None) -> tuple:
-        """q(z|x) of the picture in the file, and x (1, C, H, W)."""
-        channels, *size = self.script.SHAPE
+    def read_image(self, path: str | None) -> Tensor:
+        """Read a visitor's picture as pixels x, (1, C, H, W). Raises gr.Error if it cannot."""
+        if not path:  # removed; the visitor is about to choose another one
+            raise page_error("Choose a picture.", visible=False)
+
+        size = self.script.SIZE
         try:
             with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-                small = image.convert("RGB" if channels == 3 else "L").resize(size[::-1])
-        except (OSError, ValueError, AttributeError, Image.DecompressionBombError):
-            raise sentence("Choose a picture that can be read.", visible=bool(path)) from None
-        pixels = np.array(small).reshape(1, *size, channels).transpose(0, 3, 1, 2)
-        x = self.script.to_pixels(torch.from_numpy(pixels))
-        with torch.no_grad():
-            return self.load(weight)[0].encode(x, float(weight)), x
+                small = np.array(image.convert(self.mode).resize((size, size)))
+        except vae_anime.READ_ERRORS:
+            raise page_error("Choose a picture that can be read.") from None
 
-    def draw(self, weight: str, seed: float, temperature: float) -> Image.Image:
-        words = ["--seed", str(int(seed)), "--temperature", str(temperature)]
-        draws = self.script.draw_samples(self.load(weight)[0], 36, self.script.parse_args(words))
-        return self.picture(draws, 6)
+        pixels = torch.from_numpy(small).view(1, size, size, -1).permute(0, 3, 1, 2)
+        return self.script.to_pixels(pixels)
+
+    def sample(self, kl_weight: str, seed: float, temperature: float) -> Image.Image:
+        """Sample images from the model of this λ."""
+        model = self.models[kl_weight]
+        images = self.script.sample_images(model, SAMPLES, int(seed), temperature)
+        return self.picture(images, columns=6)
 
     @torch.no_grad()
-    def reconstruct(self, weight: str, path: str | None) -> tuple:
-        """The picture beside its reconstruction, its q(z|x), and the sliders back at 0."""
-        (q, x), (model, _, directions) = self.encode(weight, path), self.load(weight)
-        pixels, _, _ = self.script.infer(model, x, q)
-        pair = torch.cat([self.script.to_bytes(image) for image in (x, pixels.mean)])
+    def reconstruct(self, kl_weight: str, path: str | None) -> Image.Image:
+        """The visitor's picture beside its reconstruction."""
+        x, _ = find_posterior(self, kl_weight, path)
+        pair = torch.cat([x, self.mean_image(kl_weight, path)])
+        return self.picture(self.script.to_uint8(pair), columns=2)
+
+    def plot_posterior(self, kl_weight: str, path: str | None) -> Figure:
+        """Draw mean and variance of q(z|x) by dimension, with those of N(0, I) in red."""
+        _, q = find_posterior(self, kl_weight, path)
+        dimensions = range(q.mean.shape[1])
         figure = Figure((6, 2.4), dpi=120, layout="constrained")
-        described = {"mean": q.mean[0], "variance": q.variance[0]}
-        for panel, (name, values) in zip(figure.subplots(1, 2), described.items(), strict=True):
-            panel.bar(range(len(values)), values.numpy(), width=1.0)
-            panel.axhline(float(name == "variance"), color="tab:red", linewidth=1)
-            panel.set(title=f"{name} of q(z|x), N(0, I) red", xlabel="dimension of z")
-        zeros = [0.0] * len(directions)
-        return self.picture(pair, 2), figure, self.around(weight, path, *zeros), *zeros
+        means, variances = figure.subplots(1, 2)
 
-    def around(self, weight: str, path: str | None, *moves: float) -> Image.Image:
-        """The picture's code moved along each direction, in standard deviations of the prior."""
-        (q, _), (model, args, directions) = self.encode(weight, path), self.load(weight)
-        moved = q.mean + torch.tensor(moves).float() @ directions
-        return self.picture(self.script.paint(model, moved, args), 1)
+        means.bar(dimensions, q.mean[0].numpy(), width=1.0)
+        means.axhline(0, color="tab:red", linewidth=1)
+        means.set(title="mean of q(z|x), N(0, I) red", xlabel="dimension of z")
 
-    def between(self, weight: str, first: str | None, last: str | None, share: float):
-        """A code on the straight line from one picture's to the other's."""
-        (a, _), (b, _) = self.encode(weight, first), self.encode(weight, last)
-        model, args, _ = self.load(weight)
-        return self.picture(self.script.paint(model, a.mean.lerp(b.mean, share), args), 1)
+        variances.bar(dimensions, q.variance[0].numpy(), width=1.0)
+        variances.axhline(1, color="tab:red", linewidth=1)
+        variances.set(title="variance of q(z|x), N(0, I) red", xlabel="dimension of z")
+        return figure
 
+    def move(self, kl_weight: str, path: str | None, *steps: float) -> Image.Image:
+        """Decode the picture's latent, moved along each principal direction by a step in σ."""
+        _, q = find_posterior(self, kl_weight, path)
+        z = q.mean + torch.tensor(steps, dtype=torch.float32) @ self.directions[kl_weight]
+        return self.picture(self.decode(kl_weight, z), columns=1)
 
-def picker(drawer: Drawer, number: int, label: str) -> gr.Image:
-    """A place for a picture, to upload or to take from the examples below it."""
-    with gr.Column():
-        place = Upload(drawer.examples[number], label=label)
-        place.preprocess = lambda file: file and file.path  # Gradio's own raises what it likes
-        gr.Examples(drawer.examples, place, label="or one of these", examples_per_page=12)
-    return place
+    def interpolate(
+        self, kl_weight: str, first: str | None, last: str | None, share: float
+    ) -> Image.Image:
+        """Decode a point on the line between the latents of two pictures."""
+        _, q_first = find_posterior(self, kl_weight, first)
+        _, q_last = find_posterior(self, kl_weight, last)
+        z = torch.lerp(q_first.mean, q_last.mean, share)
+        return self.picture(self.decode(kl_weight, z), columns=1)
 
 
-def vae_tab(script, out: Path, what: str) -> None:
-    drawer = Drawer(script, out)
-    start = "1" if "1" in drawer.weights else drawer.weights[0]
-    gr.Markdown(
-        f"A variational autoencoder that learned {what}. λ is the weight of the KL in training: "
-        "where it is large the code says little of the image or nothing (posterior collapse): the "
-        "sliders do little (`--lambda 0 1 50 100` makes the runs to compare). Sliders and walk "
-        "move the code alone: a face's detail is drawn anew, so they begin near its reconstruction."
+class DigitRuns(ImageRuns):
+    script = vae_mnist
+    mode = "L"
+    subject = "handwritten digits"
+
+    def posterior(self, kl_weight: str, x: Tensor) -> Independent:
+        """q(z|x), refined as for the final results of the script."""
+        model = self.models[kl_weight]
+        q = model.encode(x)
+        return vae_mnist.refine_posterior(model, x, q, float(kl_weight), random_generator(0))
+
+    def mean_image(self, kl_weight: str, path: str | None) -> Tensor:
+        """The mean of p(x|z) for a z sampled from q."""
+        _, q = find_posterior(self, kl_weight, path)
+        z = vae_mnist.reparameterize(q, random_generator(0))
+        return self.models[kl_weight].decode(z).mean
+
+    def decode(self, kl_weight: str, z: Tensor) -> Tensor:
+        return vae_mnist.decode_images(self.models[kl_weight], z)
+
+
+class FaceRuns(ImageRuns):
+    script = vae_anime
+    mode = "RGB"
+    subject = "anime faces, with hierarchical latents"
+    note = (
+        "Sliders and interpolation change z alone. A face's detail latents are resampled, "
+        "so both begin near its reconstruction, not at it."
     )
-    weight = gr.Radio(drawer.weights, value=start, label="λ")
-    with gr.Tab("Draw"), gr.Row():
-        with gr.Column():
-            seed, warm = Number(), script.TEMPERATURE
-            temperature = gr.Slider(0, 1.2, warm, step=0.05, label="Temperature (1: as learned)")
-            button = gr.Button("Draw 36", variant="primary")
-        drawn = Picture(drawer.draw(start, 0, warm), label="Drawn from noise", height=540)
-    events = [button.click, seed.submit, temperature.release, weight.input]
-    listen(events, drawer.draw, [weight, seed, temperature], drawn)
-    with gr.Tab("Around a picture"), gr.Row():
-        first = drawer.reconstruct(start, drawer.examples[0])
-        with gr.Column():
-            chosen = picker(drawer, 0, "Picture")
-            again = Picture(first[0], label="Picture and reconstruction", height=260)
-        with gr.Column():
-            moved = Picture(first[2], label="Its code, moved by the sliders", height=260)
-            labels = [f"Direction {number + 1}, in σ" for number in range(len(first) - 3)]
-            sliders = [gr.Slider(-3, 3, 0, step=0.1, label=label) for label in labels]
-            posterior = gr.Plot(first[1], show_label=False)
-    shown = [again, posterior, moved, *sliders]
-    listen([chosen.change, weight.input], drawer.reconstruct, [weight, chosen], shown)
-    listen([slider.input for slider in sliders], drawer.around, [weight, chosen, *sliders], moved)
-    with gr.Tab("From one picture to another"):
-        share = gr.Slider(0, 1, 0.5, step=0.02, label="Way from the first to the second")
-        with gr.Row():
-            ends = picker(drawer, 0, "From"), picker(drawer, 1, "To")
-            middle = drawer.between(start, *drawer.examples[:2], 0.5)
-            middle = Picture(middle, label="Between", height=260)
-    events = [*(end.change for end in ends), share.input, weight.input]
-    listen(events, drawer.between, [weight, *ends, share], middle)
+
+    def posterior(self, kl_weight: str, x: Tensor) -> Independent:
+        return self.models[kl_weight].encode(x)
+
+    def mean_image(self, kl_weight: str, path: str | None) -> Tensor:
+        """The mean of p(x|z, d) for z and d sampled from their posteriors."""
+        x, q = find_posterior(self, kl_weight, path)
+        return self.models[kl_weight].infer(x, q, random_generator(0)).mean
+
+    def decode(self, kl_weight: str, z: Tensor) -> Tensor:
+        """The detail latents are sampled from their priors, with the same noise each time."""
+        model = self.models[kl_weight]
+        return vae_anime.decode_images(model, z, self.temperature, random_generator(0))
 
 
-def tenses_tab(folder: Path) -> None:
-    with told_on_the_page():
-        model = cvae.load_finished(folder)
+@lru_cache(maxsize=256)  # each move of a slider asks for the same one
+@torch.no_grad()
+def find_posterior(runs: ImageRuns, kl_weight: str, path: str | None) -> tuple[Tensor, Independent]:
+    """Return a picture's pixels x, (1, C, H, W), and q(z|x)."""
+    x = runs.read_image(path)
+    return x, runs.posterior(kl_weight, x)
 
-    def walk(first: str, last: str, steps: int = 9) -> pd.DataFrame:
-        ends = [word.strip().lower() for word in (first, last)]
-        if not all(re.fullmatch(cvae.WORD, word) for word in ends):
-            raise sentence(f"Type a verb of up to {cvae.MAX_LETTERS} letters a to z.")
-        return pd.DataFrame(cvae.between(model, *ends, steps), columns=cvae.TENSES)
 
-    def draw(seed: float) -> pd.DataFrame:
-        return pd.DataFrame(cvae.generate(model, 8, int(seed)), columns=cvae.TENSES)
-
+def images_tab(runs: ImageRuns) -> None:
+    """Lay out the tab of digits or faces."""
     gr.Markdown(
-        "A conditional variational autoencoder reads a verb into a code and spells the code in "
-        "each tense. It knows the verbs that it trained on and guesses others."
+        f"A variational autoencoder trained on {runs.subject}. λ is the weight of the KL in "
+        "training. Where it is large, the latent z carries little information about the image, or "
+        "none (posterior collapse), and the sliders change little: `--lambda 0 1 50 100` trains "
+        f"models to compare. {runs.note}"
+    )
+    kl_weight = gr.Radio(runs.kl_weights, value=runs.start, label="λ")
+
+    with gr.Tab("Samples"), gr.Row():
+        samples_tab(runs, kl_weight)
+    with gr.Tab("Reconstruction"), gr.Row():
+        reconstruction_tab(runs, kl_weight)
+    with gr.Tab("Interpolation"):
+        interpolation_tab(runs, kl_weight)
+
+
+def samples_tab(runs: ImageRuns, kl_weight: gr.Radio) -> None:
+    with gr.Column():
+        seed = Seed()
+        label = "Temperature (1: as learned)"
+        temperature = gr.Slider(0, 1.2, runs.temperature, step=0.05, label=label)
+        button = gr.Button(f"Sample {SAMPLES}", variant="primary")
+
+    first = runs.sample(runs.start, 0, runs.temperature)
+    samples = Picture(first, label="Samples from the prior", height=540)
+
+    events = [button.click, seed.submit, temperature.release, kl_weight.input]
+    listen(events, runs.sample, [kl_weight, seed, temperature], samples)
+
+
+def reconstruction_tab(runs: ImageRuns, kl_weight: gr.Radio) -> None:
+    """Lay out a picture, its reconstruction and q(z|x), and the sliders that move its latent."""
+    count = len(runs.directions[runs.start])
+    unmoved = [0.0] * count
+    example = runs.examples[0]
+
+    with gr.Column():
+        chosen = image_picker(runs, example, label="Picture")
+        first = runs.reconstruct(runs.start, example)
+        pair = Picture(first, label="Picture and reconstruction", height=260)
+
+    with gr.Column():
+        first = runs.move(runs.start, example, *unmoved)
+        moved = Picture(first, label="Its latent, moved by the sliders", height=260)
+        sliders = []
+        for i in range(count):
+            sliders.append(gr.Slider(-3, 3, 0, step=0.1, label=f"Direction {i + 1}, in σ"))
+        posterior = gr.Plot(runs.plot_posterior(runs.start, example), show_label=False)
+
+    def show(kl_weight: str, path: str | None) -> dict:
+        """Fill the tab for a picture, with the sliders at 0."""
+        shown = {
+            pair: runs.reconstruct(kl_weight, path),
+            moved: runs.move(kl_weight, path, *unmoved),
+            posterior: runs.plot_posterior(kl_weight, path),
+        }
+        return shown | dict.fromkeys(sliders, 0.0)
+
+    events = [chosen.change, kl_weight.input]
+    listen(events, show, [kl_weight, chosen], [pair, moved, posterior, *sliders])
+
+    events = [slider.input for slider in sliders]
+    listen(events, runs.move, [kl_weight, chosen, *sliders], moved)
+
+
+def interpolation_tab(runs: ImageRuns, kl_weight: gr.Radio) -> None:
+    share = gr.Slider(0, 1, 0.5, step=0.02, label="Way from the first to the second")
+    with gr.Row():
+        first = image_picker(runs, runs.examples[0], label="From")
+        last = image_picker(runs, runs.examples[1], label="To")
+        middle = runs.interpolate(runs.start, *runs.examples[:2], 0.5)
+        between = Picture(middle, label="Between", height=260)
+
+    events = [first.change, last.change, share.input, kl_weight.input]
+    listen(events, runs.interpolate, [kl_weight, first, last, share], between)
+
+
+def image_picker(runs: ImageRuns, path: str, label: str) -> gr.Image:
+    """A picture that a visitor uploads, or takes from the examples below it."""
+    with gr.Column():
+        image = Upload(path, label=label)
+        # Gradio's own preprocessing opens the file, and raises what it likes.
+        image.preprocess = path_of_upload
+        gr.Examples(runs.examples, image, label="or one of these", examples_per_page=EXAMPLE_IMAGES)
+    return image
+
+
+def path_of_upload(file: gr.FileData | None) -> str | None:
+    return file.path if file else None
+
+
+# Tenses -------------------------------------------------------------------------------------------
+class Tenses:
+    """The finished run of cvae.py, and the tables that the page shows."""
+
+    def __init__(self, folder: Path):
+        self.model = cvae.load_finished(folder)
+
+    def conjugate(self, verb: str) -> pd.DataFrame:
+        return self.interpolate(verb, verb, steps=1)
+
+    def interpolate(self, first: str, last: str, steps: int = 9) -> pd.DataFrame:
+        """The verbs on the line between the latents of two verbs in the present, in all tenses."""
+        verbs = [word.strip().lower() for word in (first, last)]
+        if not all(re.fullmatch(cvae.WORD, verb) for verb in verbs):
+            raise page_error(f"Type a verb of up to {cvae.MAX_LETTERS} letters a to z.")
+        return pd.DataFrame(cvae.interpolate(self.model, *verbs, steps), columns=cvae.TENSES)
+
+    def sample(self, seed: float) -> pd.DataFrame:
+        """Verbs decoded from samples of the prior."""
+        return pd.DataFrame(cvae.generate(self.model, 8, int(seed)), columns=cvae.TENSES)
+
+
+def tenses_tab(tenses: Tenses) -> None:
+    """Lay out the tab of verbs."""
+    gr.Markdown(
+        "A conditional variational autoencoder encodes a verb as a latent, and decodes the latent "
+        "in each tense. It knows the verbs that it was trained on and guesses others."
     )
     verb = gr.Textbox("carry", label="A verb in the present, then Enter")
-    forms = gr.Dataframe(walk("carry", "carry", 1), label="Its forms", interactive=False)
-    verb.submit(lambda word: walk(word, word, 1), verb, forms)
+    forms = gr.Dataframe(tenses.conjugate("carry"), label="Its forms", interactive=False)
+    verb.submit(tenses.conjugate, verb, forms)
+
     with gr.Row():
-        ends = gr.Textbox("carry", label="From"), gr.Textbox("send", label="To")
-        button = gr.Button("Walk from code to code")
-    steps = gr.Dataframe(walk("carry", "send"), label="Verbs on the way", interactive=False)
-    button.click(walk, [*ends], steps)
-    seed = Number()
-    drawn = gr.Dataframe(draw(0), label="Verbs from noise, draws of N(0, I)", interactive=False)
-    seed.change(draw, seed, drawn)
+        first = gr.Textbox("carry", label="From")
+        last = gr.Textbox("send", label="To")
+        button = gr.Button("Interpolate")
+    verbs = tenses.interpolate("carry", "send")
+    between = gr.Dataframe(verbs, label="Verbs between the two latents", interactive=False)
+    button.click(tenses.interpolate, [first, last], between)
+
+    seed = Seed()
+    label = "Verbs sampled from the prior N(0, I)"
+    samples = gr.Dataframe(tenses.sample(0), label=label, interactive=False)
+    seed.change(tenses.sample, seed, samples)
 
 
-def make_quick(runs: Path) -> None:
-    """Train what is missing on the bundled sample; each run shows its own progress."""
-    for number, (name, (script, file, flags)) in enumerate(QUICK.items(), 1):
-        if any((runs / name).rglob("metrics.json")):
+# The page -----------------------------------------------------------------------------------------
+def finished_runs(folder: Path) -> list[Path]:
+    """The folders of finished runs in `folder`, without those that a newer run has replaced."""
+    folders = [path.parent for path in folder.rglob("metrics.json")]
+    return [folder for folder in folders if not folder.name.endswith(".previous")]
+
+
+def train_missing(runs: Path) -> None:
+    """Train what is missing on the bundled sample. Each run shows its own progress."""
+    for number, (name, run) in enumerate(QUICK.items(), start=1):
+        if finished_runs(runs / name):
             continue
-        print(f"quick     {number} of {len(QUICK)}: {script} on the bundled sample", flush=True)
-        command = [sys.executable, str(ROOT / script), "--data", str(SAMPLE / file)]
-        command += ["--out", str((runs / name).resolve()), "--resume", *flags.split()]
-        with tempfile.TemporaryDirectory() as elsewhere:  # submission.csv falls where one stands
-            subprocess.run(command, cwd=elsewhere, check=True)
+
+        print(f"quick     {number} of {len(QUICK)}: {run.script} on the bundled sample", flush=True)
+        command = [sys.executable, str(ROOT / run.script)]
+        command += ["--data", str(SAMPLE_DATA / run.data)]
+        command += ["--out", str((runs / name).resolve()), "--resume", *run.flags.split()]
+        with tempfile.TemporaryDirectory() as folder:  # transformer.py leaves submission.csv there
+            done = subprocess.run(command, cwd=folder)
+        if done.returncode:
+            raise UserError(
+                f"{run.script} ended with {done.returncode}. Run this again to continue"
+            )
+
+
+class Tab(NamedTuple):
+    """A tab of the page: which run it shows, what reads the run, and what lays out the tab."""
+
+    run: str
+    read: Callable[[Path], object]
+    lay_out: Callable[[object], None]
+
+
+TABS = {
+    "News": Tab("transformer", News, news_tab),
+    "Digits": Tab("vae_mnist", DigitRuns, images_tab),
+    "Faces": Tab("vae_anime", FaceRuns, images_tab),
+    "Tenses": Tab("cvae", Tenses, tenses_tab),
+}
 
 
 def build_page(runs: Path) -> gr.Blocks:
-    """Four tabs; in place of one whose run is missing, the command that makes it."""
-    tabs = {
-        "News": ("transformer", news_tab),
-        "Digits": ("vae_mnist", partial(vae_tab, vae_mnist, what="handwritten digits")),
-        "Faces": ("vae_anime", partial(vae_tab, vae_anime, what="anime faces, at two scales")),
-        "Tenses": ("cvae", tenses_tab),
-    }
-    done = [title for title, (name, _) in tabs.items() if any((runs / name).rglob("metrics.json"))]
+    """Return the page. Where a run is missing, its tab shows the command that makes it."""
+    finished = [title for title, tab in TABS.items() if finished_runs(runs / tab.run)]
+
     with gr.Blocks(title="Transformer and VAE") as page:
-        gr.Markdown("# Transformer and VAE in plain PyTorch: play with the finished runs")
-        with gr.Tabs(selected=done[0] if done else None):
-            for title, (name, fill) in tabs.items():
-                make = f"`python {QUICK[name][0]}`, or all with `python demo/app.py --quick`"
-                missing = f"No finished run in `{runs / name}`. Make it with {make}."
+        gr.Markdown("# Transformer and VAE in plain PyTorch: explore the finished runs")
+        with gr.Tabs(selected=finished[0] if finished else None):
+            for title, tab in TABS.items():
                 with gr.Tab(title, id=title):
-                    fill(runs / name) if title in done else gr.Markdown(missing)
+                    if title in finished:
+                        tab.lay_out(tab.read(runs / tab.run))
+                    else:
+                        script = QUICK[tab.run].script
+                        gr.Markdown(
+                            f"No finished run in `{runs / tab.run}`. Train one with "
+                            f"`python {script}`, or all with `python demo/app.py --quick`."
+                        )
     return page
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def port(text: str) -> int:
+    """A flag's type: a port's number."""
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise ArgumentTypeError(f"{text}: give a number from 1 to {2**16 - 1}")
+    return int(text)
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = vae_mnist.Parser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--runs", type=Path, default=Path("runs"), help="folder of the runs [%(default)s]")
-    add("--quick", action="store_true", help="make missing runs on the bundled sample first")
-    add("--port", type=int, default=7860, help="of the page, on this machine [%(default)s]")
+    add("--quick", action="store_true", help="first train what is missing, on the bundled sample")
+    add("--port", type=port, default=7860, help="of the page, on this machine [%(default)s]")
     add("--share", action="store_true", help="a public link, through Gradio's servers [off]")
-    args = parser.parse_args(argv)
-    if args.quick:
-        make_quick(args.runs)
-    torch.set_num_threads(1)  # several people at once share the cores
+    return parser.parse_args(argv)
+
+
+def serve(args: Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    torch.set_num_threads(1)  # several visitors at once share the cores
     page = build_page(args.runs).queue(default_concurrency_limit=2)
-    where = {"server_name": "127.0.0.1", "server_port": args.port, "share": args.share}
-    with transformer.one_line(f"--port {args.port}", "Name another with --port"):
-        page.launch(theme=THEME, inbrowser=True, max_file_size=MAX_BYTES, **where)
+
+    try:
+        page.launch(
+            theme=THEME,
+            inbrowser=True,
+            max_file_size=MAX_UPLOAD_BYTES,
+            server_name="127.0.0.1",
+            server_port=args.port,
+            share=args.share,
+        )
+    except OSError as error:
+        raise UserError(f"--port {args.port}: {error}. Name another with --port") from error
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        args = parse_args(argv)
+        if args.quick:
+            train_missing(args.runs)
+        serve(args)
+    except USER_ERRORS as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -31,24 +31,24 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SCRIPTS = ("transformer.py", "vae_mnist.py", "vae_anime.py")
 FILES = {"vae_mnist.py": "TibetanMNIST.npz", "vae_anime.py": "anime-faces.zip"}  # in --data
-TOKENIZERS = ("basic_english", "spacy", "nltk", "whitespace")  # variant.py's
+TOKENIZERS = ("basic_english", "spacy", "nltk", "whitespace")
 SCHEDULES = ("monotonic", "cyclical")
 LAMBDAS = ["0", "1", "50", "100"]
-ABLATION = {  # name in the table: flags, or the name of a variant and flags
+ABLATION = {  # name in the table: flags
     "as it is": [],
-    "2 layers": ["--layers", "2"],
-    "1 head": ["--heads", "1"],
+    "2 layers": ["--nlayers", "2"],
+    "1 head": ["--nhead", "1"],
     "no dropout": ["--dropout", "0", "--word-dropout", "0"],
     "no word vectors": ["--vectors", "none"],
     "no R-Drop": ["--r-drop", "0"],
-    "Adam": ["adam"],
-    "SGD, learning rate 0.1": ["sgd", "--lr", "0.1"],
-    "ReLU": ["relu"],
+    "Adam": ["--optimizer", "adam"],
+    "SGD, learning rate 0.1": ["--optimizer", "sgd", "--lr", "0.1"],
+    "ReLU": ["--activation", "relu"],
 }
 
 
 class Step(NamedTuple):
-    """One command, and the file that says it is done."""
+    """One command, and the file that exists when it is done."""
 
     key: str  # as report.typ asks for it
     done: Path
@@ -76,7 +76,8 @@ class Plan:
     """The commands that the report draws on, in order, with `data` and results in `runs`."""
 
     def __init__(self, runs: Path, data: Path | None):
-        self.runs, self.data = runs, data
+        self.runs = runs
+        self.data = data
         self.steps: list[Step] = []
 
     def train(self, key: str, script: str, flags: list[str], done: str = "metrics.json") -> None:
@@ -101,21 +102,19 @@ def plan_transformer(plan: Plan, quick: bool) -> None:
         "transformer/measured", "transformer", "transformer", "measured.json", ["metrics.json"]
     )
     for name in TOKENIZERS:
-        plan.train(f"comparison/{name}", "report/variant.py", [name, *few])
+        plan.train(f"comparison/{name}", "transformer.py", ["--tokenizer", name, *few])
     needs = [f"{name}/metrics.json" for name in TOKENIZERS]
     plan.measure("comparison", "tokenizers", "comparison", "tokenizers.csv", needs)
     for name, flags in ABLATION.items():
         epochs = ["--epochs", "2" if quick else "8"]
-        named = flags and not flags[0].startswith("--")
-        script = "report/variant.py" if named else "transformer.py"
-        plan.train(ablation_key(name), script, [*flags, *epochs])
+        plan.train(ablation_key(name), "transformer.py", [*flags, *epochs])
 
 
 def plan_vae(plan: Plan, name: str, quick_epochs: str, sweep_epochs: str, quick: bool) -> None:
-    small = ["--iwae", "16"] if quick else []
     epochs = ["--epochs", quick_epochs if quick else sweep_epochs]
-    plan.train(name, f"{name}.py", [*epochs, *small] if quick else [], "lambda-1/metrics.json")
-    plan.train(f"{name}_sweep", f"{name}.py", ["--lambda", *LAMBDAS, *epochs, *small], "sweep.csv")
+    plan.train(name, f"{name}.py", epochs if quick else [], "lambda-1/metrics.json")
+    plan.train(f"{name}_sweep", f"{name}.py", ["--lambda", *LAMBDAS, *epochs], "sweep.csv")
+
     for run, weights in ((name, ["1"]), (f"{name}_sweep", LAMBDAS)):
         needs = [f"lambda-{weight}/metrics.json" for weight in weights]
         done = f"lambda-{weights[-1]}/measured.json"
@@ -201,10 +200,14 @@ def partial_runs(steps: list[Step]) -> dict[str, str]:
         configs = sorted(step.done.parent.rglob("config.json"))
         if step.needs or not step.done.exists() or not configs:
             continue
-        config = json.loads(configs[0].read_text(encoding="utf-8"))
-        limit = config["arguments"]["limit"]
-        reasons = ["on the bundled sample"] if sample & set(config["sha256"].values()) else []
-        reasons += [f"--limit {limit}"] if limit else []
+
+        settings = json.loads(configs[0].read_text(encoding="utf-8"))["settings"]
+        trained_on = {value for name, value in settings.items() if name.endswith("sha256")}
+        reasons = []
+        if sample & trained_on:
+            reasons.append("on the bundled sample")
+        if settings["limit"]:
+            reasons.append(f"--limit {settings['limit']}")
         if reasons:
             found[step.key] = ", ".join(reasons)
     return found

@@ -1,4 +1,4 @@
-"""What only the report says about finished runs, measured on what they left.
+"""Measure what only the report says about finished runs.
 
     python report/measure.py transformer RUN     measured.json, attention_words.csv in RUN
     python report/measure.py tokenizers FOLDER   tokenizers.csv, .png from FOLDER/<tokenizer>
@@ -6,16 +6,18 @@
     python report/measure.py vae_anime RUN       the same for faces
     python report/measure.py schedules FOLDER    schedules.png from FOLDER/monotonic and /cyclical
 
-Of a Transformer: padding, unknown words, and attention. That is not asked whether it looks
-sensible, but whether it matters: the tokens that it rests on most are deleted from each held-out
-text, or as many random ones instead, and the two drops in the probability of the predicted class
-are compared. Deleted words are gone, not masked.
+For a Transformer: padding, unknown words, and whether attention matters. The tokens that receive
+most attention are deleted from each held-out text, or as many random ones instead, and the two
+drops in the probability of the predicted class are compared. Deleted words are gone, not masked.
+
+For a VAE: the importance-weighted bound (IWAE), the mutual information of images and latents, and
+how near the aggregate posterior is to the prior.
 """
 
 import argparse
 import json
 import math
-import signal
+import statistics
 import sys
 import textwrap
 import time
@@ -24,85 +26,111 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple, TypeVar
 
 import pandas as pd
 import torch
+import torch.distributions as D
 from matplotlib.figure import Figure
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "report")]
-from variant import TOKENIZERS
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import transformer as t
 import vae_anime
 import vae_mnist
 
 SCHEDULES = ("monotonic", "cyclical")
 DELETED = 0.1  # of a text's tokens
-DRAWS = 5  # random deletions a text
-SEEN = 2  # a token that is rarer is unknown
+RANDOM_DELETIONS = 5  # per text
+SEEN = 2  # a token that is rarer than this is unknown
+IWAE_SAMPLES = 64
+IWAE_IMAGES = 100
+MI_IMAGES = 2000  # at most; the mixture of their posteriors takes N² distances
+
+Config = TypeVar("Config")
 
 
 def read_json(path: Path) -> dict:
-    with t.one_line(path, "Finish that run first"):
+    try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise t.UserError(f"{path}: {t.reason(error)}. Finish that run first") from error
 
 
-def read_arguments(run: Path) -> argparse.Namespace:
-    """The command line of the run in the folder `run`; its paths start where you stand."""
-    saved = read_json(run / "config.json")["arguments"]
-    return argparse.Namespace(**saved | {"data": Path(saved["data"]) if saved["data"] else None})
-
-
-def check_data(run: Path, hashes: dict[str, str]) -> None:
-    """End unless `run` was trained on the files of these sha256."""
-    if read_json(run / "config.json")["sha256"] != hashes:
-        t.fail(f"{run}: trained on other files. Run it again, or move it away")
+def read_config(kind: type[Config], run: Path) -> Config:
+    """Return the settings of the run in the folder `run`; its paths start where you stand."""
+    saved = read_json(run / "config.json")["settings"]
+    for name in ("data", "out"):
+        if saved[name] is not None:
+            saved[name] = Path(saved[name])
+    return kind(**saved)
 
 
 def write_table(path: Path, table: pd.DataFrame, digits: str) -> None:
-    t.write_file(path, partial(table.to_csv, index=False, float_format=digits, mode="wb"))
+    save = partial(table.to_csv, index=False, float_format=digits, mode="wb")
+    t.write_file(path, save)
 
 
-def train_texts(news: t.News) -> list[str]:
-    """The texts of train.csv, which stand before those of test.csv."""
-    return news.texts[: len(news.labels)]
+# Transformer: padding and attention ---------------------------------------------------------------
+class HeldOut(NamedTuple):
+    """A training text and the model that was not trained on it."""
+
+    model: t.TransformerClassifier
+    text: Tensor  # (T, 3)
+    predicted: str  # its class by that model
 
 
-# --------------------------------------------------------------------------------------------------
-# transformer: padding and attention
-# --------------------------------------------------------------------------------------------------
+def load_texts(run: Path) -> tuple[t.Config, t.News]:
+    """Return the settings of a run and the texts that it was trained on."""
+    config = read_config(t.Config, run)
+    folder = t.find_data(config.data)
+    news = t.load_news(folder, config)
+    for name, trained_on in (("train.csv", config.train_sha256), ("test.csv", config.test_sha256)):
+        if t.sha256_of(folder / name) != trained_on:
+            raise t.UserError(f"{run}: trained on other files. Run it again, or move it away")
+    return config, news
 
 
 def padding_share(lengths: list[int], batches: list[list[int]]) -> float:
     """How much of the padded batches (B, T) is padding."""
-    padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
-    return 1 - sum(lengths[row] for batch in batches for row in batch) / padded
+    tokens = 0
+    padded = 0
+    for batch in batches:
+        in_batch = [lengths[row] for row in batch]
+        tokens += sum(in_batch)
+        padded += len(batch) * max(in_batch)
+    return 1 - tokens / padded
 
 
 @torch.no_grad()
-def delete_tokens(model: t.TransformerClassifier, text: torch.Tensor) -> list[float]:
-    """Probability of the predicted class of `text`, its tokens (T, …).
+def delete_tokens(model: t.TransformerClassifier, text: Tensor) -> list[float]:
+    """Return the probability of the predicted class of `text`, its tokens (T, 3).
 
-    Of the whole text, then without its most attended tokens, then without random ones.
+    First of the whole text, then without its most attended tokens, then without random ones.
     """
     count = max(1, round(DELETED * len(text)))
-    _, attn = model(text[None])
-    received = attn[0].mean((0, 1))  # (T,), over heads and over the tokens that look
-    rest = received.argsort()[: len(text) - count].sort().values
-    texts = [text, text[rest]]
-    texts += [text[torch.randperm(len(text))[count:].sort().values] for _ in range(DRAWS)]
+    _, attn_weights = model(text[None])
+    received = attn_weights[0].mean((0, 1))  # (T,), over heads and over the tokens that look
+    least_attended = received.argsort()[: len(text) - count].sort().values
+
+    texts = [text, text[least_attended]]
+    for _ in range(RANDOM_DELETIONS):
+        kept = torch.randperm(len(text))[count:].sort().values
+        texts.append(text[kept])
+
     logits, _ = model(pad_sequence(texts, batch_first=True, padding_value=t.PAD))
-    p = logits.softmax(-1)  # (2 + DRAWS, C)
-    p = p[:, p[0].argmax()]
-    return [p[0].item(), p[1].item(), p[2:].mean().item()]
+    probabilities = logits.softmax(-1)  # (2 + RANDOM_DELETIONS, C)
+    of_predicted = probabilities[:, probabilities[0].argmax()]
+    return [of_predicted[0].item(), of_predicted[1].item(), of_predicted[2:].mean().item()]
 
 
-def measure_deletion(held_out: list[tuple], tokens: list[torch.Tensor]) -> dict:
+def measure_deletion(held_out: list[HeldOut]) -> dict:
     """Delete tokens of each text that is long enough, in the model that had it held out."""
-    long = [(model, tokens[row]) for model, row, _ in held_out if len(tokens[row]) >= 10]
-    triples = [delete_tokens(model, text) for model, text in long]
+    triples = []
+    for one in held_out:
+        if len(one.text) >= 10:
+            triples.append(delete_tokens(one.model, one.text))
     whole, attended, random = torch.tensor(triples).T
     difference = random - attended  # > 0: the attended tokens mattered more than random ones
     return {
@@ -117,232 +145,343 @@ def measure_deletion(held_out: list[tuple], tokens: list[torch.Tensor]) -> dict:
 
 
 @torch.no_grad()
-def attention_words(
-    held_out: list[tuple], tokens: list[torch.Tensor], names: list[str]
-) -> pd.DataFrame:
-    """The words, seen five times, that draw most attention in texts of each predicted class.
+def attention_words(held_out: list[HeldOut], names: list[str]) -> pd.DataFrame:
+    """The words, seen five times, that receive most attention in texts of each predicted class.
 
     Attention is over an even share: 1 is what each token would receive if all received the same.
     """
     found = []
-    for model, row, predicted in held_out:
-        words = [names[word] for word in tokens[row][:, 0]]
-        _, attn = model(tokens[row][None])
-        received = attn[0].mean(0).sum(0).tolist()  # mean over heads, sum over who looks
-        found += [(predicted, word, share) for word, share in zip(words, received, strict=True)]
+    for one in held_out:
+        _, attn_weights = one.model(one.text[None])
+        received = attn_weights[0].mean(0).sum(0).tolist()  # mean over heads, sum over who looks
+        for word, share in zip(one.text[:, 0], received, strict=True):
+            found.append((one.predicted, names[word], share))
+
     table = pd.DataFrame(found, columns=["predicted_class", "word", "attention_over_even_share"])
     groups = table[table["word"] != names[t.UNK]].groupby(["predicted_class", "word"])
     means = groups["attention_over_even_share"].agg(["count", "mean"]).query("count >= 5")
     means = means.reset_index().sort_values("mean", ascending=False, kind="stable")
-    means = means.groupby("predicted_class").head(20).sort_values("predicted_class", kind="stable")
+    means = means.groupby("predicted_class").head(20)
+    means = means.sort_values("predicted_class", kind="stable")
     return means.rename(columns={"mean": "attention_over_even_share"})
 
 
 def measure_transformer(run: Path) -> None:
-    """measured.json: vocabulary, padding, deletions; and attention_words.csv."""
-    args = read_arguments(run)
-    news = t.load_news(args)
-    check_data(run, news.hashes)  # held-out rows are numbered as in the files trained on
-    models, state = t.load_finished(run)
-    vocabulary = t.Vocabulary(**state["vocabulary"])
-    texts = [t.split_text(text, vocabulary.columns) for text in train_texts(news)]
-    tokens = [vocabulary.encode(text) for text in texts]
-    lengths, size = list(map(len, tokens)), args.batch_size
-    generator = t.seed_all(args.seed)
-    rows = torch.randperm(len(tokens), generator=generator).tolist()
-    random = [rows[i : i + size] for i in range(0, len(rows), size)]
-    alike = [batch.tolist() for batch in t.length_batches(tokens, size, generator)]
+    """Write measured.json, on vocabulary, padding and deletions, and attention_words.csv."""
+    config, news = load_texts(run)
+    models, checkpoint = t.load_finished(run)
+    vocabulary = t.Vocabulary(**checkpoint["vocabulary"])
+    tokenize = t.make_tokenizer(config.tokenizer)
+    texts = [vocabulary.encode(t.split_text(text, tokenize)) for text in news.train.texts]
+    lengths = [len(text) for text in texts]
+    unknown = sum(int((text[:, 0] == t.UNK).sum()) for text in texts)
+
+    generator = t.random_generator(config.seed)
+    random = torch.randperm(len(texts), generator=generator).split(config.batch_size)
+    by_length = t.length_batches(texts, config.batch_size, generator)
+
+    held_out = []
+    for model, fold in zip(models, checkpoint["folds"], strict=True):
+        predicted = fold["probabilities"].argmax(1)
+        for row, guess in zip(fold["held_out"], predicted, strict=True):
+            held_out.append(HeldOut(model, texts[row], checkpoint["classes"][guess]))
+    words = attention_words(held_out, list(vocabulary.words))
+    write_table(run / "attention_words.csv", words, "%.3f")
+
     measured = {
-        "texts": len(tokens),
+        "texts": len(texts),
         "tokens": sum(lengths),
         "vocabulary": len(vocabulary.words),
-        "unknown_share": sum(int((text[:, 0] == t.UNK).sum()) for text in tokens) / sum(lengths),
+        "unknown_share": unknown / sum(lengths),
         "longest": max(lengths),
-        "median_length": sorted(lengths)[len(lengths) // 2],
-        "padding_share_random": padding_share(lengths, random),
-        "padding_share_by_length": padding_share(lengths, alike),
+        "median_length": statistics.median_high(lengths),
+        "padding_share_random": padding_share(lengths, [batch.tolist() for batch in random]),
+        "padding_share_by_length": padding_share(lengths, [batch.tolist() for batch in by_length]),
     }
-    held_out = [
-        (model.eval(), row, state["classes"][guess])
-        for model, member in zip(models, state["members"], strict=True)
-        for row, guess in zip(
-            member["rows"], state["probabilities"][member["rows"]].argmax(-1), strict=True
-        )
-    ]
-    table = attention_words(held_out, tokens, list(vocabulary.words))
-    write_table(run / "attention_words.csv", table, "%.3f")
-    measured |= measure_deletion(held_out, tokens)
+    measured |= measure_deletion(held_out)
     t.write_json(run / "measured.json", measured)
     print(json.dumps(measured, indent=2))
 
 
-# --------------------------------------------------------------------------------------------------
-# tokenizers
-# --------------------------------------------------------------------------------------------------
-
-
+# Tokenizers ---------------------------------------------------------------------------------------
 def describe_tokens(texts: list[list[str]]) -> dict:
-    """How many tokens, of how many kinds, and the share in half the texts that the rest lacks.
+    """How many tokens, of how many kinds, and the share in half of the texts that is unknown.
 
     That is, the tokens that the other half has less often than SEEN: too seldom to learn.
     """
     known = Counter(token for text in texts[::2] for token in text)
     held_out = [token for text in texts[1::2] for token in text]
+    unknown = sum(known[token] < SEEN for token in held_out)
     return {
-        "tokens_per_text": sum(map(len, texts)) / len(texts),
+        "tokens_per_text": statistics.mean(len(text) for text in texts),
         "vocabulary": len({token for text in texts for token in text}),
-        "unk_share": sum(known[token] < SEEN for token in held_out) / max(1, len(held_out)),
+        "unk_share": unknown / max(1, len(held_out)),
     }
 
 
 def most_different(texts: list[str], tokens: dict[str, list[list[str]]]) -> int:
-    """The short text that the tokenizers cut most differently."""
-
-    def surprise(row: int) -> int:
-        ways = {token for cut in tokens.values() for token in cut[row]}
-        return len(ways) - len(set(tokens["basic_english"][row]))
-
-    return max([row for row, text in enumerate(texts) if len(text) <= 200] or [0], key=surprise)
+    """Return the row of the short text that the tokenizers cut most differently."""
+    most = -1
+    chosen = 0
+    for row, text in enumerate(texts):
+        kinds = {token for cut in tokens.values() for token in cut[row]}
+        different = len(kinds) - len(set(tokens["basic_english"][row]))
+        if len(text) <= 200 and different > most:
+            most = different
+            chosen = row
+    return chosen
 
 
 def plot_tokenizers(path: Path, table: pd.DataFrame, shown: dict[str, list[str]]) -> None:
-    """One text as each tokenizer cuts it, and the cross-validated accuracy of each."""
+    """Draw one text as each tokenizer cuts it, and the out-of-fold accuracy of each."""
     figure = Figure(figsize=(9, 6), dpi=150, layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=(2, 1))
     top.axis("off")
     for i, (name, words) in enumerate(shown.items()):
         label = f"{name}: {len(words)} tokens\n{textwrap.fill(' | '.join(words), 100)}"
-        place = 1 - i / len(shown)
-        top.text(0, place, label, va="top", fontsize=9, family="monospace", parse_math=False)
-    accuracy, error = table["oof_accuracy"], table["oof_accuracy_se"]
-    bottom.errorbar(accuracy, table["tokenizer"], xerr=error, fmt="o", capsize=4)
+        y = 1 - i / len(shown)
+        top.text(0, y, label, va="top", fontsize=9, family="monospace", parse_math=False)
+
+    accuracy = table["oof_accuracy"]
+    bottom.errorbar(accuracy, table["tokenizer"], xerr=table["oof_accuracy_se"], fmt="o", capsize=4)
     bottom.set_xlabel("out-of-fold accuracy ± standard error")
     bottom.invert_yaxis()
-    t.write_file(path, partial(figure.savefig, format="png"))
+    t.write_file(path, figure.savefig)
 
 
 def measure_tokenizers(folder: Path) -> None:
-    """tokenizers.csv and .png: what each tokenizer does to the texts, and how its run ended."""
-    args = read_arguments(folder / "basic_english")
-    news, tokens, rows = t.load_news(args), {}, []
-    texts = train_texts(news)
-    for name, tokenize in TOKENIZERS.items():
-        check_data(folder / name, news.hashes)
+    """Write tokenizers.csv and .png: what each tokenizer does to the texts, and its accuracy."""
+    tokens = {}
+    rows = []
+    for name in t.TOKENIZERS:
         metrics = read_json(folder / name / "metrics.json")
-        begin = time.monotonic()
+        _, news = load_texts(folder / name)
+        texts = [" ".join(text) for text in news.train.texts]
+        tokenize = t.make_tokenizer(name)
+        started = time.monotonic()
         tokens[name] = [tokenize(text) for text in texts]
-        row = {"tokenizer": name} | describe_tokens(tokens[name])
-        row |= {"tokenize_seconds": time.monotonic() - begin}
-        rows.append(
-            row
-            | {key: metrics[key] for key in ("vector_coverage", "oof_accuracy", "oof_accuracy_se")}
-        )
+        seconds = time.monotonic() - started
+
+        row = {"tokenizer": name, **describe_tokens(tokens[name]), "tokenize_seconds": seconds}
+        for key in ("vector_coverage", "oof_accuracy", "oof_accuracy_se"):
+            row[key] = metrics[key]
+        rows.append(row)
+
     table = pd.DataFrame(rows)
     write_table(folder / "tokenizers.csv", table, "%.4f")
-    shown = most_different(texts, tokens)
-    plot_tokenizers(
-        folder / "tokenizers.png", table, {name: cut[shown] for name, cut in tokens.items()}
-    )
+    chosen = most_different(texts, tokens)
+    shown = {name: cut[chosen] for name, cut in tokens.items()}
+    plot_tokenizers(folder / "tokenizers.png", table, shown)
     print(table.to_string(index=False, float_format="%.4f"))
 
 
-# --------------------------------------------------------------------------------------------------
-# VAEs: mutual information and the aggregate posterior
-# --------------------------------------------------------------------------------------------------
+# VAEs: importance-weighted bound, mutual information, aggregate posterior -------------------------
+class Weights(NamedTuple):
+    """One sample of all latents for each of B images, and how likely it is; (B,) nats each."""
+
+    log_likelihood: Tensor  # log p(x|latents)
+    log_prior: Tensor  # log p(latents)
+    log_posterior: Tensor  # log q(latents|x)
 
 
-def mutual_information(mu: torch.Tensor, logvar: torch.Tensor) -> float:
+def prior_distribution(prior: nn.Module) -> D.Distribution:
+    """p(z) of either VAE as a distribution of torch."""
+    if not hasattr(prior, "means"):
+        zeros = torch.zeros(prior.latent_dim)
+        return D.Independent(D.Normal(zeros, torch.ones_like(zeros)), 1)
+    gaussians = D.MultivariateNormal(prior.means, scale_tril=prior.scale_tril)
+    return D.MixtureSameFamily(D.Categorical(prior.weights), gaussians)
+
+
+def sample_digits(model, x: Tensor, q: D.Independent, generator) -> Weights:
+    z = vae_mnist.reparameterize(q, generator)
+    return Weights(
+        log_likelihood=model.decode(z).log_prob(x),
+        log_prior=prior_distribution(model.prior).log_prob(z),
+        log_posterior=q.log_prob(z),
+    )
+
+
+def sample_faces(model, x: Tensor, q: D.Independent, generator) -> Weights:
+    output = model.infer(x, q, generator)
+    log_prior = prior_distribution(model.prior).log_prob(output.z)
+    log_posterior = q.log_prob(output.z)
+    for detail in output.details:
+        log_prior = log_prior + detail.prior.log_prob(detail.sample)
+        log_posterior = log_posterior + detail.posterior.log_prob(detail.sample)
+    log_likelihood = model.noise.log_prob(x - output.mean)
+    return Weights(log_likelihood, log_prior, log_posterior)
+
+
+@torch.no_grad()
+def iwae_bound(
+    script: ModuleType,
+    model: nn.Module,
+    x: Tensor,
+    q: D.Independent,
+    samples: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """log 1/K Σ p(x, latents) / q(latents|x), (B,), of K samples (Burda et al. 2016, eq. 8)."""
+    sample = sample_digits if script is vae_mnist else sample_faces
+    log_weights = []
+    for _ in range(samples):
+        drawn = sample(model, x, q, generator)
+        log_weights.append(drawn.log_likelihood + drawn.log_prior - drawn.log_posterior)
+    return torch.stack(log_weights).logsumexp(dim=0) - math.log(samples)
+
+
+def measure_iwae(
+    script: ModuleType, model: nn.Module, images: Tensor, per_image: dict[str, Tensor], seed: int
+) -> dict:
+    """The importance-weighted bound on some test images, and the ELBO on the same ones."""
+    generator = script.random_generator(seed)
+    some = torch.randperm(len(images), generator=generator)[:IWAE_IMAGES]
+    x = script.to_pixels(images[some])
+    q = script.diagonal_gaussian(per_image["mu"][some], per_image["variance"][some].log())
+    bound = iwae_bound(script, model, x, q, IWAE_SAMPLES, generator).mean().item()
+    neg_elbo = per_image["reconstruction"][some] + per_image["kl"][some]
+    return {
+        "iwae": -bound,
+        "iwae_samples": IWAE_SAMPLES,
+        "iwae_images": len(some),
+        "iwae_neg_elbo": neg_elbo.mean().item(),
+    }
+
+
+def mutual_information(mu: Tensor, logvar: Tensor) -> float:
     """I(x; z) = E log q(z|x) / q(z) in nats, over N posteriors (N, k) of which q(z) is the mixture.
 
     Hoffman and Johnson 2016, "ELBO surgery". N images can show ln N nats at most.
     """
-    noise = torch.randn(mu.shape, generator=t.seed_all(len(mu))).double()
-    z, precision = mu + (0.5 * logvar).exp() * noise, (-logvar).exp()
-    square = (
-        z.square() @ precision.T - 2 * z @ (mu * precision).T + (mu.square() * precision).sum(1)
-    )  # (N, N)
-    log_mixture = (-0.5 * (square + logvar.sum(1))).logsumexp(1) - math.log(
-        len(mu)
-    )  # ln q(z) + k/2 ln 2π
-    log_q = -0.5 * (noise.square() + logvar).sum(1)
+    noise = torch.randn(mu.shape, generator=t.random_generator(len(mu))).double()
+    z = mu + (0.5 * logvar).exp() * noise
+    precision = (-logvar).exp()
+
+    # Squared distances of each z_i from each mu_j in units of sigma_j, (N, N)
+    square = z.square() @ precision.T
+    square -= 2 * z @ (mu * precision).T
+    square += (mu.square() * precision).sum(dim=1)
+
+    # Both without the constant k/2 ln 2π, which cancels
+    log_q = -0.5 * (noise.square() + logvar).sum(dim=1)
+    log_components = -0.5 * (square + logvar.sum(dim=1))
+    log_mixture = log_components.logsumexp(dim=1) - math.log(len(mu))
     return (log_q - log_mixture).mean().item()
 
 
-def whitening(prior) -> tuple[torch.Tensor, torch.Tensor]:
-    """m (k,) and A (k, k) such that u = A (z - m) has mean 0 and covariance I under p(z)."""
-    parts = (part.cpu().double() for part in (prior.weights, prior.loc, prior.scale_tril))
-    weights, means, roots = parts
-    m = weights @ means
-    offset = (means - m) * weights[:, None].sqrt()
-    covariance = torch.einsum("j,jde,jfe->df", weights, roots, roots) + offset.T @ offset
-    return m, torch.linalg.inv(torch.linalg.cholesky(covariance))
+class Whitening(NamedTuple):
+    """u = A (z - mean) has mean 0 and covariance I under p(z)."""
+
+    mean: Tensor  # (k,)
+    A: Tensor  # (k, k)
 
 
-def aggregate_posterior(mu, logvar, m, A) -> tuple[torch.Tensor, torch.Tensor]:
+def whitening(prior: nn.Module) -> Whitening:
+    """The map under which p(z) has mean 0 and covariance I."""
+    if not hasattr(prior, "means"):
+        k = prior.latent_dim
+        return Whitening(torch.zeros(k).double(), torch.eye(k).double())
+    weights = prior.weights.double()
+    means = prior.means.double()
+    roots = prior.scale_tril.double()
+
+    mean = weights @ means
+    offsets = (means - mean) * weights[:, None].sqrt()
+    within = torch.einsum("j,jde,jfe->df", weights, roots, roots)
+    covariance = within + offsets.T @ offsets
+    return Whitening(mean, torch.linalg.inv(torch.linalg.cholesky(covariance)))
+
+
+def aggregate_posterior(mu: Tensor, logvar: Tensor, white: Whitening) -> tuple[Tensor, Tensor]:
     """Mean (k,) and eigenvalues (k,) of the covariance of the mixture of N posteriors (N, k).
 
-    In u = A (z - m), where the prior has mean 0 and covariance I.
+    In u = A (z - mean), where the prior has mean 0 and covariance I.
     """
-    mean_u = (mu - m) @ A.T
-    covariance = A @ logvar.exp().mean(0).diag() @ A.T + mean_u.T.cov(correction=0)
-    return mean_u.mean(0), torch.linalg.eigvalsh(covariance)
+    mean_u = (mu - white.mean) @ white.A.T
+    within = white.A @ logvar.exp().mean(dim=0).diag() @ white.A.T
+    covariance = within + mean_u.T.cov(correction=0)
+    return mean_u.mean(dim=0), torch.linalg.eigvalsh(covariance)
 
 
-def plot_aggregate(path: Path, mean: torch.Tensor, eigenvalues: torch.Tensor, count: int) -> None:
-    """How near the aggregate posterior of `count` images is to the prior."""
+def plot_aggregate(path: Path, mean: Tensor, eigenvalues: Tensor, count: int) -> None:
+    """Draw how near the aggregate posterior of `count` images is to the prior."""
     figure = Figure(figsize=(5, 3.4), dpi=150, layout="constrained")
-    panel = figure.subplots()
+    axes = figure.subplots()
     curves = {"eigenvalues of its covariance": eigenvalues, "|mean|": mean.abs()}
     for label, values in curves.items():
-        panel.semilogy(values.sort(descending=True).values.clamp_min(1e-8).numpy(), label=label)
-    reach = math.sqrt(len(mean) / count)  # Marchenko and Pastur: sampling alone spreads them so far
-    low, high = max(1e-3, 1 - reach) ** 2, (1 + reach) ** 2
-    label = f"eigenvalues of {count} prior draws"
-    panel.axhspan(low, high, color="tab:red", alpha=0.15, linewidth=0, label=label)
-    panel.set_xlabel("dimension of z, sorted")
-    panel.set_ylabel("aggregate posterior")
-    panel.legend(fontsize=7, loc="lower left")
-    t.write_file(path, partial(figure.savefig, format="png"))
+        axes.semilogy(values.sort(descending=True).values.clamp_min(1e-8).numpy(), label=label)
+
+    # Sampling alone spreads eigenvalues this far (Marchenko and Pastur 1967).
+    reach = math.sqrt(len(mean) / count)
+    low = max(1e-3, 1 - reach) ** 2
+    high = (1 + reach) ** 2
+    label = f"eigenvalues of {count} prior samples"
+    axes.axhspan(low, high, color="tab:red", alpha=0.15, linewidth=0, label=label)
+    axes.set(xlabel="dimension of z, sorted", ylabel="aggregate posterior")
+    axes.legend(fontsize=7, loc="lower left")
+    t.write_file(path, figure.savefig)
+
+
+def one_sigma_bits(script: ModuleType, model: nn.Module, images: Tensor, config) -> float:
+    """Bits per dimension of faces with one σ for all frequencies, the root mean square of all."""
+    shared = script.FrequencyNoise(model.noise.sigma.square().mean().sqrt())
+    whole = model.noise
+    model.noise = shared
+    scores, _ = script.evaluate(model, images, config)
+    model.noise = whole
+    return scores["bits_per_dim"]
 
 
 def measure_one_vae(script: ModuleType, run: Path) -> None:
-    """measured.json and aggregate-posterior.png of one λ, on its test images."""
-    args, device = read_arguments(run), script.pick_device("auto")
-    model, _ = script.load_finished(run, device)
-    images, sha256 = script.load_images(script.find_data(args.data))
-    check_data(run, {"data": sha256})
-    test = script.split_images(images, args.seed, args.limit)["test"]
-    test = test[:2000]  # the mixture takes N² distances
-    _, each = script.evaluate(model, test, args, final=True)
-    mu, logvar = each["mu"].double(), each["variance"].double().log()
-    m, A = whitening(model.prior)
-    mean, eigenvalues = aggregate_posterior(mu, logvar, m, A)
+    """Write measured.json and aggregate-posterior.png of one λ, on its test images."""
+    config = read_config(script.Config, run)
+    model, settings = script.load_finished(run, torch.device("cpu"))
+    images, sha256 = script.load_images(script.find_data(config.data))
+    if sha256 != settings["data_sha256"]:
+        raise t.UserError(f"{run}: trained on another file. Run it again, or move it away")
+    test = script.split_images(images, config)["test"]
+    test = test[:MI_IMAGES]
+
+    if script is vae_mnist:
+        _, per_image = script.evaluate(model, test, config, refine=True)
+    else:
+        _, per_image = script.evaluate(model, test, config)
+    mu = per_image["mu"].double()
+    logvar = per_image["variance"].double().log()
+    mean, eigenvalues = aggregate_posterior(mu, logvar, whitening(model.prior))
+
     measured = {
         "mutual_information": mutual_information(mu, logvar),
         "mutual_information_limit": math.log(len(mu)),
         "aggregate_mean_largest": mean.abs().max().item(),
         "aggregate_covariance_eigenvalues": [eigenvalues.min().item(), eigenvalues.max().item()],
     }
+    measured |= measure_iwae(script, model, test, per_image, config.seed)
+    if script is vae_anime:
+        measured["bits_per_dim_one_sigma"] = one_sigma_bits(script, model, test, config)
     plot_aggregate(run / "aggregate-posterior.png", mean, eigenvalues, len(mu))
     t.write_json(run / "measured.json", measured)
     print(run, json.dumps(measured))
 
 
-def plot_rate_distortion(path: Path, rows: list[dict]) -> None:
-    """Rate against distortion, with a point for each λ."""
+def plot_rate_distortion(path: Path, metrics: list[dict]) -> None:
+    """Draw rate against distortion, with a point for each λ."""
+    rates = [row["kl"]["test"] for row in metrics]
+    distortions = [row["reconstruction"]["test"] for row in metrics]
     figure = Figure(figsize=(4, 3.4), dpi=200, layout="constrained")
-    panel, points = (
-        figure.subplots(),
-        [(m["kl"]["test"], m["reconstruction"]["test"]) for m in rows],
-    )
-    panel.plot(*zip(*points, strict=True), "o-")
-    for i, (row, point) in enumerate(zip(rows, points, strict=True)):
+    axes = figure.subplots()
+    axes.plot(rates, distortions, "o-")
+
+    for i, row in enumerate(metrics):
         shift = (5, 4 - 14 * (i % 2))  # above and below in turn: collapsed models share a point
-        panel.annotate(f"λ = {row['lambda']:g}", point, shift, textcoords="offset points")
-    panel.set(xlabel="rate: KL (nats)", ylabel="distortion: -log p(x|codes) (nats)")
-    panel.set_xscale("symlog", linthresh=1.0)
-    panel.margins(0.15)  # room for the names
-    t.write_file(path, partial(figure.savefig, format="png"))
+        point = (rates[i], distortions[i])
+        axes.annotate(f"λ = {row['lambda']:g}", point, shift, textcoords="offset points")
+
+    axes.set(xlabel="rate: KL (nats)", ylabel="distortion: -log p(x|latents) (nats)")
+    axes.set_xscale("symlog", linthresh=1.0)
+    axes.margins(0.15)  # room for the names
+    t.write_file(path, figure.savefig)
 
 
 @torch.no_grad()
@@ -351,37 +490,41 @@ def measure_vae(script: ModuleType, folder: Path) -> None:
     runs = [path.parent for path in folder.glob("lambda-*/metrics.json")]
     runs = sorted(run for run in runs if run.suffix != ".previous")
     if not runs:
-        t.fail(
-            f"{folder}: no finished run there. Train {script.__name__}.py first, or name its --out"
-        )
+        advice = f"Train {script.__name__}.py first, or name its --out"
+        raise t.UserError(f"{folder}: no finished run there. {advice}")
     for run in runs:
         measure_one_vae(script, run)
-    rows = sorted((read_json(run / "metrics.json") for run in runs), key=lambda row: row["lambda"])
-    plot_rate_distortion(folder / "rate-distortion.png", rows)
+
+    metrics = [read_json(run / "metrics.json") for run in runs]
+    metrics.sort(key=lambda row: row["lambda"])
+    plot_rate_distortion(folder / "rate-distortion.png", metrics)
 
 
-# --------------------------------------------------------------------------------------------------
-# the conditional VAE's KL weights
-# --------------------------------------------------------------------------------------------------
-
-
+# The conditional VAE's KL schedules ---------------------------------------------------------------
 def measure_schedules(folder: Path) -> None:
-    """schedules.png: monotonic beside cyclical annealing of the KL weight."""
+    """Draw schedules.png: monotonic beside cyclical annealing of the KL weight."""
     histories = {}
     for name in SCHEDULES:
-        with t.one_line(folder / name / "history.csv", "Finish that run first"):
-            histories[name] = pd.read_csv(folder / name / "history.csv")
+        path = folder / name / "history.csv"
+        try:
+            histories[name] = pd.read_csv(path)
+        except (OSError, ValueError) as error:
+            raise t.UserError(f"{path}: {t.reason(error)}. Finish that run first") from error
+
+    rows = {
+        "nats per word": ["reconstruction", "kl"],
+        "weight": ["kl_weight"],
+        "score": ["bleu4", "gaussian_score"],
+    }
     figure = Figure(figsize=(11.6, 8), dpi=150, layout="constrained")
-    grid = figure.subplots(3, len(histories), sharex="col", sharey="row")
-    rows = {"nats per word": ["reconstruction", "kl"]}
-    rows |= {"weight": ["kl_weight"], "score": ["bleu4", "gaussian_score"]}
+    grid = figure.subplots(len(rows), len(histories), sharex="col", sharey="row")
     for panels, (name, history) in zip(grid.T, histories.items(), strict=True):
-        for panel, (unit, keys) in zip(panels, rows.items(), strict=True):
-            pd.DataFrame(history).plot("epoch", keys, ax=panel, ylabel=unit)
+        for axes, (unit, keys) in zip(panels, rows.items(), strict=True):
+            history.plot("epoch", keys, ax=axes, ylabel=unit)
         panels[0].set(title=f"{name} KL weight", yscale="symlog", ylim=(0, None))
         panels[2].set(ylim=(0, 1.02))
         panels[2].legend(loc="lower right")  # else it covers where they end
-    t.write_file(folder / "schedules.png", partial(figure.savefig, format="png"))
+    t.write_file(folder / "schedules.png", figure.savefig)
     print(f"wrote     {folder / 'schedules.png'}")
 
 
@@ -395,18 +538,19 @@ MEASURES: dict[str, Callable[[Path], None]] = {
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.error = t.fail
+    parser = t.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=MEASURES, help="what to measure")
     parser.add_argument("folder", type=Path, help="of the run or of the runs, as in their --out")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    args = parse_args(argv)
-    MEASURES[args.what](args.folder)
+    try:
+        args = parse_args(argv)
+        MEASURES[args.what](args.folder)
+    except t.UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -21,7 +22,6 @@ sys.path[:0] = [str(ROOT / "report"), str(ROOT / "bench")]
 import all as bench_all
 import build
 import measure
-import variant
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_reliability import WORDS, cvae, run, transformer, vae_anime, vae_mnist
@@ -91,7 +91,7 @@ def test_a_missing_run_is_named_with_its_command(here, capsys):
     out, text = capsys.readouterr().out, text_of(Path("report.pdf").read_bytes())
     for command in (
         "python transformer.py",
-        "variant.py nltk",
+        "transformer.py --tokenizer nltk",
         "measure.py tokenizers",
         "python vae_anime.py",
         "--lambda 0 1 50 100",
@@ -110,13 +110,11 @@ def test_a_run_on_the_sample_or_of_few_rows_is_named(here, capsys):
         (sample, None, "on the bundled sample"),
         ("0" * 64, 50, "--limit 50"),
     ):
-        config.write_text(
-            json.dumps({"sha256": {"train.txt": sha256}, "arguments": {"limit": limit}})
-        )
+        config.write_text(json.dumps({"settings": {"train_sha256": sha256, "limit": limit}}))
         build.main(["--student-id", "a1", "--force"])
         assert f"cvae_holdout: {reason}" in capsys.readouterr().out
         assert f"cvae_holdout ({reason})" in text_of(Path("report.pdf").read_bytes())
-    config.write_text(json.dumps({"sha256": {"train.txt": "0" * 64}, "arguments": {"limit": None}}))
+    config.write_text(json.dumps({"settings": {"train_sha256": "0" * 64, "limit": None}}))
     build.main(["--student-id", "a1", "--force"])
     assert "warning" not in capsys.readouterr().out
 
@@ -138,19 +136,36 @@ def test_every_question_of_the_assignment_has_a_heading(here):
         assert number in text
 
 
+def parsed(command):
+    """The settings that a planned command gives to its script."""
+    script = Path(command[1])
+    sys.path.insert(0, str(script.parent))
+    settings = __import__(script.stem).parse_args(command[2:])
+    return settings[0] if isinstance(settings, tuple) else settings
+
+
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("data", [None, ROOT / "data" / "sample"])
 def test_planned_commands_are_ones_that_the_scripts_take(here, quick, data):
     steps = build.make_plan(here / "runs", data, quick)
     for step in steps:
-        sys.path.insert(0, str(Path(step.command[1]).parent))
-        args = __import__(Path(step.command[1]).stem).parse_args(step.command[2:])
+        config = parsed(step.command)
         if not step.needs:
-            assert step.done.is_relative_to(args.out) and (not data or args.data.exists())
+            assert step.done.is_relative_to(config.out)
+            assert data is None or config.data.exists()
+
+
+def test_each_planned_step_has_a_place_of_its_own(here):
+    steps = build.make_plan(here / "runs", None, False)
+    assert len({step.done for step in steps}) == len(steps)
+    assert len({step.key for step in steps}) == len(steps)
+
+
+def test_what_is_measured_has_been_run_before(here):
+    steps = build.make_plan(here / "runs", None, False)
     places = [step.done for step in steps]
-    assert len(set(places)) == len({step.key for step in steps}) == len(steps)
-    for step in steps:  # what is measured has been run before
-        assert set(step.needs) <= set(places[: steps.index(step)]) | lambdas_of(steps)
+    for i, step in enumerate(steps):
+        assert set(step.needs) <= set(places[:i]) | lambdas_of(steps)
 
 
 def lambdas_of(steps):
@@ -176,39 +191,50 @@ def test_what_is_measured_is_measured_again_after_a_new_run(here):
 # measure.py ---------------------------------------------------------------------------------------
 
 
+def read_measured(run):
+    return json.loads(Path(run, "measured.json").read_text())
+
+
 def test_transformer_is_measured(here):
-    run(transformer, "--out", "run")
+    run(transformer, "--batch-size", "8", "--out", "run")
     measure.main(["transformer", "run"])
-    measured = json.loads(Path("run", "measured.json").read_text())
-    assert measured["texts"] == 60 and measured["deletion_texts"] > 50
+    measured = read_measured("run")
+    assert measured["texts"] == 60
+    assert measured["deletion_texts"] > 50
     assert 0 < measured["padding_share_by_length"] < measured["padding_share_random"] < 0.9
-    assert 0 < measured["unknown_share"] < 0.6 and math.isfinite(measured["difference_se"])
+    assert 0 < measured["unknown_share"] < 0.6
+    assert math.isfinite(measured["difference_se"])
+
     words = pd.read_csv("run/attention_words.csv")
-    assert list(words.groupby("predicted_class").size()) and words["count"].min() >= 5
-    assert "<unk>" not in set(words["word"]) and "the" in set(words["word"])
+    assert words["count"].min() >= 5
+    assert "<unk>" not in set(words["word"])
+    assert "the" in set(words["word"])
 
 
 def test_padding_is_what_the_cells_without_tokens_are():
     assert measure.padding_share([1, 3, 2], [[0, 1], [2]]) == pytest.approx(2 / 8)
 
 
-def test_tokenizers_are_compared(here, capsys, monkeypatch):
+def test_tokenizers_are_compared(here, capsys):
     for name in build.TOKENIZERS:
-        monkeypatch.setattr(transformer, "TOKENIZE", variant.TOKENIZERS[name])
-        run(transformer, "--out", f"runs/{name}")
+        run(transformer, "--tokenizer", name, "--out", f"runs/{name}")
     measure.main(["tokenizers", "runs"])
     table = pd.read_csv("runs/tokenizers.csv").set_index("tokenizer")
-    assert list(table.index) == list(build.TOKENIZERS) == list(variant.TOKENIZERS)
+    assert list(table.index) == list(build.TOKENIZERS)
     assert table["unk_share"]["whitespace"] == table["unk_share"].max()
     for name in build.TOKENIZERS:
         metrics = json.loads(Path("runs", name, "metrics.json").read_text())
         assert table["oof_accuracy"][name] == pytest.approx(metrics["oof_accuracy"], abs=1e-4)
     assert Path("runs/tokenizers.png").stat().st_size > 10_000
-    config = Path("runs/nltk/config.json")
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"sha256": {}}))
+
+    path = Path("runs/nltk/config.json")
+    config = json.loads(path.read_text())
+    config["settings"]["train_sha256"] = "0" * 64
+    path.write_text(json.dumps(config))
     with pytest.raises(SystemExit) as stopped:
         measure.main(["tokenizers", "runs"])
-    assert stopped.value.code == 2 and "other files" in capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "other files" in capsys.readouterr().err
 
 
 def test_new_tokens_are_those_that_the_other_half_has_too_seldom(monkeypatch):
@@ -220,31 +246,82 @@ def test_new_tokens_are_those_that_the_other_half_has_too_seldom(monkeypatch):
 
 
 @pytest.mark.parametrize("script", [vae_mnist, vae_anime], ids=lambda script: script.__name__)
-def test_each_lambda_is_measured(here, script):
+def test_each_lambda_is_measured(here, monkeypatch, script):
+    monkeypatch.setattr(measure, "IWAE_SAMPLES", 4)
     script.main([*WORDS[script].split(), "--lambda", "0", "1", "--out", "run"])
     measure.main([script.__name__, "run"])
     for name in ("lambda-0", "lambda-1"):
-        measured = json.loads(Path("run", name, "measured.json").read_text())
+        measured = read_measured(Path("run", name))
         low, high = measured["aggregate_covariance_eigenvalues"]
-        assert 0 < low < high and measured["aggregate_mean_largest"] > 0
+        assert 0 < low < high
+        assert measured["aggregate_mean_largest"] > 0
         assert measured["mutual_information_limit"] == pytest.approx(math.log(4))
         assert -0.1 < measured["mutual_information"] < measured["mutual_information_limit"] + 0.1
+        assert measured["iwae"] <= measured["iwae_neg_elbo"] + 1
         assert Path("run", name, "aggregate-posterior.png").stat().st_size > 10_000
     assert Path("run", "rate-distortion.png").stat().st_size > 10_000
 
 
-def test_mutual_information_of_known_posteriors():
-    same, wide = torch.zeros(500, 4).double(), torch.zeros(500, 4).double()
-    assert abs(measure.mutual_information(same, wide)) < 1e-6
+def test_other_images_than_the_run_was_trained_on_are_refused(here, capsys):
+    words = WORDS[vae_mnist].split()
+    vae_mnist.main([*words, "--out", "run"])
+    path = Path("run/lambda-1/config.json")
+    config = json.loads(path.read_text())
+    other = Path("other.npz")
+    images, _ = vae_mnist.load_images(SAMPLE / "TibetanMNIST.npz")
+    np.savez(other, image=images[:100, 0])
+    config["settings"]["data"] = str(other)
+    path.write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as stopped:
+        measure.main(["vae_mnist", "run"])
+    assert stopped.value.code == 2
+    assert "trained on another file" in capsys.readouterr().err
+
+
+def test_mutual_information_of_posteriors_that_are_all_alike():
+    zeros = torch.zeros(500, 4).double()
+    assert abs(measure.mutual_information(zeros, zeros)) < 1e-6
+
+
+@pytest.fixture
+def sharp():
+    """Means and log variances of posteriors that tell all images apart but in one dimension."""
     mu = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)).double()
     mu[:, 3] = 0
     logvar = torch.tensor([-12.0, -12.0, -12.0, 0.0]).double().expand(500, 4)
-    assert measure.mutual_information(mu, logvar) == pytest.approx(math.log(500), abs=0.05)
-    m, A = torch.zeros(4).double(), torch.eye(4).double()
-    mean, eigenvalues = measure.aggregate_posterior(mu, logvar, m, A)
-    assert mean.abs().max() < 0.2 and 0.7 < eigenvalues.min() < eigenvalues.max() < 1.4
-    mean, eigenvalues = measure.aggregate_posterior(mu + 3, logvar, m + 3, 2 * A)
-    assert mean.abs().max() < 0.4 and 2.8 < eigenvalues.min() < eigenvalues.max() < 5.6
+    return mu, logvar
+
+
+def test_mutual_information_of_sharp_posteriors(sharp):
+    assert measure.mutual_information(*sharp) == pytest.approx(math.log(500), abs=0.05)
+
+
+def test_the_aggregate_of_samples_of_the_prior_is_the_prior(sharp):
+    white = measure.Whitening(torch.zeros(4).double(), torch.eye(4).double())
+    mean, eigenvalues = measure.aggregate_posterior(*sharp, white)
+    assert mean.abs().max() < 0.2
+    assert 0.7 < eigenvalues.min() < eigenvalues.max() < 1.4
+
+
+def test_the_aggregate_is_measured_in_units_of_the_prior(sharp):
+    mu, logvar = sharp
+    white = measure.Whitening(torch.full((4,), 3.0).double(), 2 * torch.eye(4).double())
+    mean, eigenvalues = measure.aggregate_posterior(mu + 3, logvar, white)
+    assert mean.abs().max() < 0.4
+    assert 2.8 < eigenvalues.min() < eigenvalues.max() < 5.6
+
+
+def test_whitening_gives_the_prior_mean_0_and_covariance_1():
+    torch.manual_seed(0)
+    factors = torch.randn(3, 4, 4)
+    scale_tril = torch.linalg.cholesky(factors @ factors.mT + 0.1 * torch.eye(4))
+    weights = torch.tensor([0.2, 0.3, 0.5])
+    prior = vae_mnist.MixturePrior(weights, torch.randn(3, 4), scale_tril)
+    white = measure.whitening(prior)
+    z = prior.sample(200_000, 1.0, torch.Generator().manual_seed(0)).double()
+    u = (z - white.mean) @ white.A.T
+    torch.testing.assert_close(u.mean(0), torch.zeros(4).double(), atol=0.02, rtol=0)
+    torch.testing.assert_close(u.T.cov(), torch.eye(4).double(), atol=0.03, rtol=0)
 
 
 def test_schedules_are_drawn_beside_each_other(here):
