@@ -299,11 +299,13 @@ def diagonal_gaussian(mu: Tensor, logvar: Tensor) -> D.Independent:
     return D.Independent(D.Normal(mu.float(), sigma, validate_args=False), mu.dim() - 1)
 
 
-# Same in vae_mnist.py
-def reparameterize(q: D.Independent, generator: Generator) -> Tensor:
-    """Sample z = μ + σ ε with ε ~ N(0, I), differentiable in both (Kingma and Welling, 2.4)."""
+def reparameterize(q: D.Independent, generator: Generator, temperature: float = 1.0) -> Tensor:
+    """Sample z = μ + σ ε with ε ~ N(0, I), differentiable in both (Kingma and Welling, 2.4).
+
+    `temperature` multiplies σ.
+    """
     noise = torch.empty_like(q.mean).normal_(generator=generator)
-    return q.mean + q.base_dist.stddev * noise
+    return q.mean + temperature * q.base_dist.stddev * noise
 
 
 # Same in vae_mnist.py
@@ -439,10 +441,11 @@ class DetailGroup(nn.Module):
 
 
 class Detail(NamedTuple):
-    """One group's latents, sampled from `posterior`: (B, DETAIL_CHANNELS, s, s)."""
+    """One group's latents d = m + s ε, where p(d_i | z, d_<i) is N(m, s²)."""
 
-    sample: Tensor
-    posterior: D.Independent  # q(d_i | x, z, d_<i)
+    noise: Tensor  # ε, (B, DETAIL_CHANNELS, size, size)
+    sample: Tensor  # d, the same size
+    posterior: D.Independent  # q(d_i | x, z, d_<i), which the sample is from
     prior: D.Independent  # p(d_i | z, d_<i)
 
 
@@ -515,9 +518,14 @@ class VAE(nn.Module):
             mu, logvar = self.encoder(x - self.mean_image).chunk(2, dim=1)
         return diagonal_gaussian(mu, logvar)
 
-    def infer(self, x: Tensor, q: D.Independent, generator: Generator) -> Inference:
-        """Sample z from q = q(z|x), and each group of detail latents from its posterior."""
-        z = reparameterize(q, generator)
+    def infer(
+        self, x: Tensor, q: D.Independent, generator: Generator, temperature: float = 1.0
+    ) -> Inference:
+        """Sample z from q = q(z|x), and each group of detail latents from its posterior.
+
+        `temperature` multiplies their standard deviations: at 0 each latent is its mean.
+        """
+        z = reparameterize(q, generator, temperature)
         kl = self.prior.kl(q)
         details = []
         with autocast(x.device):
@@ -531,28 +539,26 @@ class VAE(nn.Module):
                 h = group.enter(h, coarse_features)
                 prior = group.prior(h)
                 posterior = group.posterior(h, image_features)
-                sample = reparameterize(posterior, generator)
-                details.append(Detail(sample, posterior, prior))
+                sample = reparameterize(posterior, generator, temperature)
+                noise = (sample - prior.mean) / prior.stddev
+                sample = prior.mean + prior.stddev * noise  # rounded as `decode` does
+                details.append(Detail(noise, sample, posterior, prior))
                 kl = kl + D.kl_divergence(posterior, prior)
                 h = group.leave(h, sample)
             mean = start + self.detail_decoder(h)
         return Inference(mean, coarse, kl, z, details)
 
-    def decode(self, z: Tensor, temperature: float, generator: Generator) -> Tensor:
-        """z (B, k) -> the mean of p(x|z, d), (B, 3, 64, 64), with d sampled from its priors.
-
-        The standard deviations of the detail latents are multiplied by `temperature`.
-        """
+    def decode(self, z: Tensor, noise: list[Tensor]) -> Tensor:
+        """z (B, k) and the ε of each group -> the mean of p(x|z, d), (B, 3, 64, 64)."""
         with autocast(z.device):
             start = self.mean_image + self.decoder(z)
             coarse_features = self.coarse_encoder(start - 0.5)
 
             h = torch.zeros_like(coarse_features)
-            for group in self.groups:
+            for group, group_noise in zip(self.groups, noise, strict=True):
                 h = group.enter(h, coarse_features)
                 prior = group.prior(h)
-                noise = torch.empty_like(prior.mean).normal_(generator=generator)
-                h = group.leave(h, prior.mean + temperature * prior.stddev * noise)
+                h = group.leave(h, prior.mean + prior.stddev * group_noise)
             return start + self.detail_decoder(h)
 
     def forward(self, x: Tensor, generator: Generator) -> Losses:
@@ -734,31 +740,47 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode_images(model: VAE, z: Tensor, temperature: float, generator: Generator) -> Tensor:
-    """The mean image of p(x|z, d) for each z (N, k), with sampled d, uint8 (N, 3, 64, 64)."""
+def sample_images(model: VAE, count: int, seed: int, temperature: float) -> Tensor:
+    """The mean images of p(x|z, d) for `count` samples of p(z, d), uint8 (count, 3, 64, 64).
+
+    `temperature` multiplies all standard deviations.
+    """
+    generator = random_generator(seed, count, device=model.mean_image.device)
     images = []
-    for part in z.split(EVAL_BATCH):
-        images.append(to_uint8(model.decode(part, temperature, generator)))
+    for z in model.prior.sample(count, temperature, generator).split(EVAL_BATCH):
+        noise = []
+        for size in DETAIL_SIZES:
+            shape = (len(z), DETAIL_CHANNELS, size, size)
+            noise.append(temperature * torch.randn(shape, generator=generator, device=z.device))
+        images.append(to_uint8(model.decode(z, noise)))
     return torch.cat(images).cpu()
 
 
-def sample_images(model: VAE, count: int, seed: int, temperature: float) -> Tensor:
-    """The mean image of p(x|z, d) for `count` latents from the priors."""
-    generator = random_generator(seed, count, device=model.mean_image.device)
-    z = model.prior.sample(count, temperature, generator)
-    return decode_images(model, z, temperature, generator)
+@torch.no_grad()
+def read_latents(model: VAE, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """What describes images x (B, 3, 64, 64) in full: the mean of z, (B, k), and of each ε."""
+    generator = random_generator(device=x.device)
+    output = model.infer(x, model.encode(x), generator, temperature=0.0)
+    return output.z, [detail.noise for detail in output.details]
 
 
-def interpolate(model: VAE, mu: Tensor, steps: int, config: Config) -> Tensor:
-    """The mean images at `steps` latents on the line from mu[0] to mu[1]; mu is (2, k)."""
-    device = model.mean_image.device
-    way = torch.linspace(0, 1, steps)[:, None]
-    z = torch.lerp(mu[:1], mu[1:], way).to(device)  # (steps, k)
-    images = []
-    for i in range(steps):  # every step with the same noise for its detail latents
-        generator = random_generator(config.seed, device=device)
-        images.append(decode_images(model, z[i : i + 1], config.temperature, generator))
-    return torch.cat(images)
+@torch.no_grad()
+def interpolate(model: VAE, pair: Tensor, t: Tensor) -> Tensor:
+    """Walk from one image to another: uint8 pair (2, 3, 64, 64), t (T,) in [0, 1] -> T images.
+
+    z moves along a line. ε moves along an arc, on which it stays as long as noise is: a mean of
+    two noises would be too short, and the images smooth. At t = 0 and 1 the walk is at the
+    reconstructions.
+    """
+    z, noise = read_latents(model, to_pixels(pair.to(model.mean_image.device)))
+    t = t.to(z)
+    z = torch.lerp(z[:1], z[1:], t[:, None])  # (T, k)
+    arc = []
+    for one in noise:
+        share = t[:, None, None, None]
+        line = (1 - share) * one[:1] + share * one[1:]
+        arc.append(line / ((1 - share).square() + share.square()).sqrt())
+    return to_uint8(model.decode(z, arc)).cpu()
 
 
 # Same in vae_mnist.py
@@ -785,7 +807,7 @@ def show(axes: Axes, image: np.ndarray, title: str) -> None:
 
 
 def plot_images(model: VAE, real: Tensor, per_image: dict[str, Tensor], config: Config) -> None:
-    """Draw reconstructions.png, samples.png and interpolation.png."""
+    """Draw reconstructions.png, samples.png and interpolation.png; the last also as an npz file."""
     figure, (left, right) = new_figure(2)
     show(left, tile(real[:64], 8), f"real, λ = {config.kl_weight:g}")
     show(right, tile(per_image["reconstructed"][:64], 8), "reconstructed")
@@ -799,10 +821,12 @@ def plot_images(model: VAE, real: Tensor, per_image: dict[str, Tensor], config: 
     figure, [axes] = new_figure(1)
     rows = []
     for i in range(0, min(16, len(real) - 1), 2):
-        between = interpolate(model, per_image["mu"][i : i + 2], 10, config)
-        rows += [real[i : i + 1], between, real[i + 1 : i + 2]]
-    show(axes, tile(torch.cat(rows), 12), "real | from one z to the other | real")
+        between = interpolate(model, real[i : i + 2], torch.linspace(0, 1, 10))
+        rows.append(torch.cat([real[i : i + 1], between, real[i + 1 : i + 2]]))
+    show(axes, tile(torch.cat(rows), 12), "real | from one reconstruction to the other | real")
     write_file(config.folder / "interpolation.png", figure.savefig)
+    walks = torch.stack(rows).permute(0, 1, 3, 4, 2)  # (rows, 12, 64, 64, 3)
+    write_file(config.folder / "interpolation.npz", partial(np.savez_compressed, image=walks))
 
 
 # Same in vae_mnist.py

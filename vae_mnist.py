@@ -297,7 +297,6 @@ def diagonal_gaussian(mu: Tensor, logvar: Tensor) -> D.Independent:
     return D.Independent(D.Normal(mu.float(), sigma, validate_args=False), mu.dim() - 1)
 
 
-# Same in vae_anime.py
 def reparameterize(q: D.Independent, generator: Generator) -> Tensor:
     """Sample z = μ + σ ε with ε ~ N(0, I), differentiable in both (Kingma and Welling, 2.4)."""
     noise = torch.empty_like(q.mean).normal_(generator=generator)
@@ -599,10 +598,9 @@ def sample_images(model: VAE, count: int, seed: int, temperature: float) -> Tens
     return decode_images(model, model.prior.sample(count, temperature, generator))
 
 
-def interpolate(model: VAE, mu: Tensor, steps: int) -> Tensor:
-    """The mean images at `steps` latents on the line from mu[0] to mu[1]; mu is (2, k)."""
-    way = torch.linspace(0, 1, steps)[:, None]
-    z = torch.lerp(mu[:1], mu[1:], way)  # (steps, k)
+def interpolate(model: VAE, mu: Tensor, t: Tensor) -> Tensor:
+    """The mean images on the line from mu[0] to mu[1], mu (2, k), at t (T,) in [0, 1]."""
+    z = torch.lerp(mu[:1], mu[1:], t[:, None])  # (T, k)
     return decode_images(model, z.to(model.mean_image.device))
 
 
@@ -630,7 +628,7 @@ def show(axes: Axes, image: np.ndarray, title: str) -> None:
 
 
 def plot_images(model: VAE, real: Tensor, per_image: dict[str, Tensor], config: Config) -> None:
-    """Draw reconstructions.png, samples.png and interpolation.png."""
+    """Draw reconstructions.png, samples.png and interpolation.png; the last also as an npz file."""
     figure, (left, right) = new_figure(2)
     show(left, tile(real[:64], 8), f"real, λ = {config.kl_weight:g}")
     show(right, tile(per_image["reconstructed"][:64], 8), "reconstructed")
@@ -644,10 +642,12 @@ def plot_images(model: VAE, real: Tensor, per_image: dict[str, Tensor], config: 
     figure, [axes] = new_figure(1)
     rows = []
     for i in range(0, min(16, len(real) - 1), 2):
-        between = interpolate(model, per_image["mu"][i : i + 2], 10)
-        rows += [real[i : i + 1], between, real[i + 1 : i + 2]]
+        between = interpolate(model, per_image["mu"][i : i + 2], torch.linspace(0, 1, 10))
+        rows.append(torch.cat([real[i : i + 1], between, real[i + 1 : i + 2]]))
     show(axes, tile(torch.cat(rows), 12), "real | from one z to the other | real")
     write_file(config.folder / "interpolation.png", figure.savefig)
+    walks = torch.stack(rows)[:, :, 0]  # (rows, 12, 28, 28)
+    write_file(config.folder / "interpolation.npz", partial(np.savez_compressed, image=walks))
 
 
 # Same in vae_anime.py

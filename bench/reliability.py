@@ -28,6 +28,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ["MPLBACKEND"] = "agg"  # what a notebook's ! command passes on may not be installed
+
 import pandas as pd
 import torch
 from matplotlib.figure import Figure

@@ -331,21 +331,6 @@ class ImageRuns:
         variances.set(title="variance of q(z|x), N(0, I) red", xlabel="dimension of z")
         return figure
 
-    def move(self, kl_weight: str, path: str | None, *steps: float) -> Image.Image:
-        """Decode the picture's latent, moved along each principal direction by a step in σ."""
-        _, q = find_posterior(self, kl_weight, path)
-        z = q.mean + torch.tensor(steps, dtype=torch.float32) @ self.directions[kl_weight]
-        return self.picture(self.decode(kl_weight, z), columns=1)
-
-    def interpolate(
-        self, kl_weight: str, first: str | None, last: str | None, share: float
-    ) -> Image.Image:
-        """Decode a point on the line between the latents of two pictures."""
-        _, q_first = find_posterior(self, kl_weight, first)
-        _, q_last = find_posterior(self, kl_weight, last)
-        z = torch.lerp(q_first.mean, q_last.mean, share)
-        return self.picture(self.decode(kl_weight, z), columns=1)
-
 
 class DigitRuns(ImageRuns):
     script = vae_mnist
@@ -364,8 +349,21 @@ class DigitRuns(ImageRuns):
         z = vae_mnist.reparameterize(q, random_generator(0))
         return self.models[kl_weight].decode(z).mean
 
-    def decode(self, kl_weight: str, z: Tensor) -> Tensor:
-        return vae_mnist.decode_images(self.models[kl_weight], z)
+    def move(self, kl_weight: str, path: str | None, *steps: float) -> Image.Image:
+        """Decode the picture's latent, moved along each principal direction by a step in σ."""
+        _, q = find_posterior(self, kl_weight, path)
+        z = q.mean + torch.tensor(steps, dtype=torch.float32) @ self.directions[kl_weight]
+        return self.picture(vae_mnist.decode_images(self.models[kl_weight], z), columns=1)
+
+    def interpolate(
+        self, kl_weight: str, first: str | None, last: str | None, share: float
+    ) -> Image.Image:
+        """Decode a point on the line between the latents of two pictures."""
+        _, q_first = find_posterior(self, kl_weight, first)
+        _, q_last = find_posterior(self, kl_weight, last)
+        mu = torch.cat([q_first.mean, q_last.mean])
+        images = vae_mnist.interpolate(self.models[kl_weight], mu, torch.tensor([share]))
+        return self.picture(images, columns=1)
 
 
 class FaceRuns(ImageRuns):
@@ -373,22 +371,37 @@ class FaceRuns(ImageRuns):
     mode = "RGB"
     subject = "anime faces, with hierarchical latents"
     note = (
-        "Sliders and interpolation change z alone. A face's detail latents are resampled, "
-        "so both begin near its reconstruction, not at it."
+        "The sliders change z, and with it colours, light and pose; a face keeps its detail. "
+        "An interpolation changes both, and starts and ends at the reconstructions."
     )
 
     def posterior(self, kl_weight: str, x: Tensor) -> Independent:
         return self.models[kl_weight].encode(x)
 
     def mean_image(self, kl_weight: str, path: str | None) -> Tensor:
-        """The mean of p(x|z, d) for z and d sampled from their posteriors."""
+        """The mean of p(x|z, d) for the means of all latents."""
         x, q = find_posterior(self, kl_weight, path)
-        return self.models[kl_weight].infer(x, q, random_generator(0)).mean
+        return self.models[kl_weight].infer(x, q, random_generator(0), temperature=0.0).mean
 
-    def decode(self, kl_weight: str, z: Tensor) -> Tensor:
-        """The detail latents are sampled from their priors, with the same noise each time."""
+    @torch.no_grad()
+    def move(self, kl_weight: str, path: str | None, *steps: float) -> Image.Image:
+        """Move z along each principal direction by a step in σ. The noise of the detail stays."""
+        x, _ = find_posterior(self, kl_weight, path)
         model = self.models[kl_weight]
-        return vae_anime.decode_images(model, z, self.temperature, random_generator(0))
+        z, noise = vae_anime.read_latents(model, x)
+        z = z + torch.tensor(steps, dtype=torch.float32) @ self.directions[kl_weight]
+        image = vae_anime.to_uint8(model.decode(z, noise))
+        return self.picture(image, columns=1)
+
+    def interpolate(
+        self, kl_weight: str, first: str | None, last: str | None, share: float
+    ) -> Image.Image:
+        """Decode a point on the walk between the latents of two pictures."""
+        x_first, _ = find_posterior(self, kl_weight, first)
+        x_last, _ = find_posterior(self, kl_weight, last)
+        pair = vae_anime.to_uint8(torch.cat([x_first, x_last]))
+        image = vae_anime.interpolate(self.models[kl_weight], pair, torch.tensor([share]))
+        return self.picture(image, columns=1)
 
 
 @lru_cache(maxsize=256)  # each move of a slider asks for the same one

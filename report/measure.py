@@ -17,6 +17,7 @@ how near the aggregate posterior is to the prior.
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import textwrap
@@ -27,6 +28,8 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, TypeVar
+
+os.environ["MPLBACKEND"] = "agg"  # what a notebook's ! command passes on may not be installed
 
 import pandas as pd
 import torch

@@ -245,12 +245,16 @@ def test_a_mistake_in_a_handler_leaves_stdout_alone(runs, tmp_path):
     assert sys.stdout is stdout
 
 
-def test_detail_latents_are_resampled_with_the_same_noise(runs):
-    """Unmoved sliders and the start of the interpolation are one picture, whoever asks."""
+def test_sliders_and_walk_start_at_the_reconstruction_of_a_face(runs):
+    """To the bit: they keep its detail latents' noise."""
     faces = app.FaceRuns(runs / "vae_anime")
-    unmoved = faces.move("1", faces.examples[0], 0, 0, 0, 0, 0)
-    start = faces.interpolate("1", faces.examples[0], faces.examples[1], 0.0)
-    np.testing.assert_array_equal(np.asarray(unmoved), np.asarray(start))
+    first, last = faces.examples[:2]
+    mean = app.vae_anime.to_uint8(faces.mean_image("1", first))
+    reconstruction = np.asarray(faces.picture(mean, columns=1))
+    unmoved = np.asarray(faces.move("1", first, 0, 0, 0, 0, 0))
+    start = np.asarray(faces.interpolate("1", first, last, 0.0))
+    np.testing.assert_array_equal(unmoved, reconstruction)
+    np.testing.assert_array_equal(start, reconstruction)
 
 
 def test_a_direction_is_one_standard_deviation_of_the_prior():

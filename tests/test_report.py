@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -329,6 +330,13 @@ def test_schedules_are_drawn_beside_each_other(here):
         run(cvae, "--out", f"runs/{name}", "--kl-schedule", name)
     measure.main(["schedules", "runs"])
     assert Path("runs/schedules.png").stat().st_size > 10_000
+
+
+def test_a_notebook_s_backend_does_not_stop_it(here):
+    environment = os.environ | {"MPLBACKEND": "module://not_installed"}
+    command = [sys.executable, str(ROOT / "report" / "measure.py"), "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("what", measure.MEASURES)

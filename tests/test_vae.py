@@ -483,11 +483,12 @@ def test_refined_posteriors_are_better_on_images_never_seen(kl_weight):
 
 # Drawing ------------------------------------------------------------------------------------------
 def interpolate(twin, model) -> torch.Tensor:
-    """Eight images between two latents."""
-    mu = torch.tensor([[-2.0, -1.0, 0.0, 1.0], [1.0, 0.0, 2.0, -1.0]])
+    """Eight images between two."""
+    t = torch.linspace(0, 1, 8)
     if twin is vae_mnist:
-        return twin.interpolate(model, mu, 8)
-    return twin.interpolate(model, mu, 8, twin.Config())
+        mu = torch.tensor([[-2.0, -1.0, 0.0, 1.0], [1.0, 0.0, 2.0, -1.0]])
+        return twin.interpolate(model, mu, t)
+    return twin.interpolate(model, face_tensor(2), t)
 
 
 @each_twin
@@ -527,26 +528,57 @@ def test_interpolation_of_digits_ends_at_the_two_images():
     assert torch.equal(ends, vae_mnist.decode_images(model, mu))
 
 
-def test_interpolation_of_faces_uses_the_same_noise_at_each_step():
-    """Between two equal latents every step is the same image."""
+@torch.no_grad()
+def test_interpolation_of_faces_ends_at_the_two_reconstructions():
+    """To the bit: z and the noise of all detail latents describe an image in full."""
     model = tiny_model(vae_anime)
     make_details_matter(model)
-    images = vae_anime.interpolate(model, torch.ones(2, 4), 5, vae_anime.Config())
-    assert images.shape == (5, 3, 64, 64)
-    for image in images:
-        assert torch.equal(image, images[0])
+    pair = random_images(vae_anime, 2)
+    x = vae_anime.to_pixels(pair)
+    output = model.infer(x, model.encode(x), Generator(), temperature=0.0)
+    images = vae_anime.interpolate(model, pair, torch.linspace(0, 1, 8))
+    ends = torch.stack([images[0], images[-1]])
+    assert images.shape == (8, 3, 64, 64)
+    assert torch.equal(ends, vae_anime.to_uint8(output.mean))
 
 
-def test_detail_latents_are_sampled_and_at_temperature_0_are_not():
+@torch.no_grad()
+def test_a_sample_of_the_posterior_is_decoded_from_its_noise():
     model = tiny_model(vae_anime)
     make_details_matter(model)
-    z = torch.randn(1, 4).expand(2, 4)
-    cold = vae_anime.decode_images(model, z, 0.0, Generator().manual_seed(0))
-    warm = vae_anime.decode_images(model, z, 1.0, Generator().manual_seed(0))
-    again = vae_anime.decode_images(model, z, 1.0, Generator().manual_seed(0))
+    x = vae_anime.to_pixels(random_images(vae_anime, 3))
+    output = model.infer(x, model.encode(x), Generator().manual_seed(0))
+    noise = [detail.noise for detail in output.details]
+    assert torch.equal(model.decode(output.z, noise), output.mean)
+
+
+def test_noise_between_two_faces_is_as_long_as_noise_is(monkeypatch):
+    """A mean of two noises would have half the variance."""
+    model = tiny_model(vae_anime)
+    generator = Generator().manual_seed(0)
+    noise = []
+    for size in vae_anime.DETAIL_SIZES:
+        noise.append(torch.randn(2, vae_anime.DETAIL_CHANNELS, size, size, generator=generator))
+    seen = []
+
+    def decode(z, arc):
+        seen.extend(arc)
+        return torch.zeros(len(z), 3, 64, 64)
+
+    monkeypatch.setattr(vae_anime, "read_latents", lambda *_: (torch.zeros(2, 4), noise))
+    monkeypatch.setattr(model, "decode", decode)
+    vae_anime.interpolate(model, random_images(vae_anime, 2), torch.linspace(0, 1, 5))
+    for group in seen:
+        assert group.var().item() == pytest.approx(1, abs=0.15)
+
+
+def test_faces_are_sampled_and_at_temperature_0_are_all_alike():
+    model = tiny_model(vae_anime)
+    make_details_matter(model)
+    cold = vae_anime.sample_images(model, 2, 0, 0.0)
+    warm = vae_anime.sample_images(model, 2, 0, 1.0)
     assert torch.equal(cold[0], cold[1])
     assert not torch.equal(warm[0], warm[1])
-    assert torch.equal(warm, again)
 
 
 def test_pixels():
@@ -633,6 +665,7 @@ def test_run_leaves_what_it_promises(twin, here):
     folder = folder_of(twin)
     files = {"config.json", "history.csv", "metrics.json", "checkpoint.pt"}
     files |= {f"{name}.png" for name in FIGURES}
+    files.add("interpolation.npz")
     assert {path.name for path in folder.iterdir()} == files
     for name in FIGURES:
         with Image.open(folder / f"{name}.png") as picture:
@@ -664,6 +697,25 @@ def test_run_leaves_what_it_promises(twin, here):
     assert list(history) == columns
     assert list(history["epoch"]) == [1, 2]
     assert history["seconds"].is_monotonic_increasing
+
+
+@each_twin
+@whole_run
+def test_walks_are_kept_as_arrays(twin, here):
+    """Each row: a real image, ten steps to another, and that one."""
+    put_finished_run(twin)
+    with np.load(folder_of(twin) / "interpolation.npz") as arrays:
+        walks = arrays["image"]
+    images, _ = twin.load_images(Path(DATA[twin]))
+    test = twin.split_images(images, twin.Config())["test"]
+    if twin is vae_mnist:
+        test = 255 * twin.to_pixels(test)
+    real = test.permute(0, 2, 3, 1).squeeze(-1).numpy()
+    rows = len(test) // 2
+    assert walks.shape == (rows, 12, *real.shape[1:])
+    assert walks.dtype == np.uint8
+    np.testing.assert_array_equal(walks[:, 0], real[0 : 2 * rows : 2])
+    np.testing.assert_array_equal(walks[:, 11], real[1 : 2 * rows : 2])
 
 
 @each_twin
