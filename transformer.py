@@ -38,6 +38,8 @@ error) out of fold, and .8945 ± .0062 on 2,446 other texts (two minutes on two 
 """
 
 import contextlib
+import csv
+import gzip
 import hashlib
 import io
 import json
@@ -58,8 +60,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TextIO
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # how long OpenMP threads spin before they sleep
 os.environ["MPLBACKEND"] = "agg"  # a notebook's ! command passes on a backend not installed here
@@ -91,8 +94,14 @@ CHECKPOINT_VERSION = "transformer 6"  # increase it whenever the network changes
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
-# Text
+# Data
 LABEL_NAMES = ("category", "label", "class", "class index")  # in lower case
+SEPARATORS = ",;\t|"
+UNNAMED = r"\d+|Unnamed: \d+"  # what columns without a name are called
+GIVES_AWAY = "gives the answer away"
+END = "(end of the file)"  # is put behind the last row, to see that no quote is left open
+
+# Text
 TOKENIZERS = ("basic_english", "spacy", "nltk", "whitespace")
 PAD = 0  # the word at a place after the end of a text
 UNK = 1  # a word without a vector
@@ -100,6 +109,11 @@ NO_KEY = 0  # the key of padding, and of a token whose key is in no text of the 
 MAX_LENGTH = 512  # tokens; a longer text is cut
 FREQUENT = 50_000  # words at the start of a vector file, which are kept for new texts
 LSA_WIDTH = 32  # with more, training texts are memorized
+# The letters of Thai, Lao, Burmese, Khmer, Japanese and Chinese, which have no blanks between words
+NO_BLANKS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff]"
+)
 
 # Training
 PARTS = 20  # class evidence for a part of the training texts is counted on the other parts
@@ -111,7 +125,7 @@ OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, momentum=0.9),
 }
 
-# What pandas, zipfile and torch raise over a file that is missing, damaged or of another kind
+# What csv, zipfile and torch raise over a file that is missing, damaged or of another kind
 READ_ERRORS = (
     OSError,
     EOFError,
@@ -122,6 +136,7 @@ READ_ERRORS = (
     RuntimeError,
     OverflowError,
     MemoryError,
+    csv.Error,
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
@@ -166,22 +181,24 @@ class Config:
     out: Path = Path("runs/transformer")
     resume: bool = False
     predict: str | None = None
+    label_name: str | None = None
     device: str = "auto"
 
     @property
     def settings(self) -> dict:
         """What decides the result. A run can only be resumed with the same settings."""
-        free = ("data", "vectors", "out", "resume", "predict", "device")
+        free = ("data", "vectors", "out", "resume", "predict", "label_name", "device")
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
 # Data: csv files -> texts and labels --------------------------------------------------------------
 class Columns(NamedTuple):
-    """The names of the columns that are used."""
+    """The names of the columns that are used, and what was guessed or left out to find them."""
 
     label: str
-    id: str | None
+    id: str | None  # in test.csv; train.csv may lack it
     texts: list[str]
+    warnings: tuple[str, ...] = ()
 
 
 class Rows(NamedTuple):
@@ -199,6 +216,7 @@ class News(NamedTuple):
     labels: Tensor  # (N,), indices into classes
     train: Rows
     test: Rows
+    header: list[str]  # of the submission
 
 
 def find_data(given: Path | None) -> Path:
@@ -219,78 +237,311 @@ def load_news(folder: Path, config: Config) -> News:
     path = folder / "train.csv"
     test_path = folder / "test.csv"
     train = read_table(path)
-    test = read_table(test_path)
-    columns = choose_columns(train, path, config)
+    test = read_table(test_path, like=train)
+    label = choose_label(train, path, config)
+    if train.columns[0] == "1" and len(test.columns) == len(train.columns) - 1:
+        test.columns = train.columns.drop(label)
+    columns = choose_columns(train, test, label, config)
 
-    train = train.sample(frac=1, random_state=config.seed)[: config.limit].sort_index()
-    train_rows = read_rows(train, path, columns)
+    train[label] = train[label].str.strip()
+    classes = find_classes(train[label], path, config)
+    train = draw_rows(train, label, config)
+    train_columns = columns if columns.id in train else columns._replace(id=None)
+    train_rows = read_rows(train, path, train_columns)
     test_rows = read_rows(test, test_path, columns)
+    if "" in test_rows.ids:
+        raise UserError(f"{test_path}: a row has no {columns.id}. Each row needs an id of its own")
+    labels = torch.tensor([classes.index(name) for name in train[label]])
 
-    names = train[columns.label].str.strip()
-    counts = names.value_counts()
-    classes = sorted(counts.index, key=lambda name: (not name.isdigit(), name.zfill(9)))
+    counts = train[label].value_counts()
     shares = ", ".join(f"{name}: {counts[name]}" for name in classes)
-    if len(classes) < 2 or "" in classes or counts.min() < config.folds:
-        found = f"{path}: {columns.label} has classes {shares[:99]}"
-        raise UserError(f"{found}. Give two or more, {config.folds} rows each")
-    labels = torch.tensor([classes.index(name) for name in names])
-
     text_columns = ", ".join(columns.texts)
-    id_column = columns.id or "none, counted from 1"
-    log(f"columns   text {text_columns}; label {columns.label}; id {id_column}")
+    log(f"columns   text {text_columns}; label {label}; id {columns.id or 'none'}")
     log(f"rows      {len(labels)} to train on ({shares}), {len(test)} to classify")
-    return News(columns, classes, labels, train_rows, test_rows)
+    news = News(columns, classes, labels, train_rows, test_rows, header=[])
+    news = name_submission(news, folder, config)
+    log_guesses(news)
+    return news
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a csv file as strings.
+def read_table(path: Path, like: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Read a csv file as strings, and leave out blank rows and empty columns without a name.
 
-    A file whose first field is a number has no header; its columns are named 1, 2, …
+    If the file has no header, its columns are named 1, 2, …. The rows are numbered from 1 on. Where
+    the file itself does not show header and separator, they are as in the table `like`.
     """
-    advice = "Give train.csv and test.csv, in UTF-8, with commas between columns"
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        table = pd.read_csv(
-            io.StringIO(text, newline=""),
-            header=None,
-            dtype=str,
-            keep_default_na=False,
-            skip_blank_lines=False,
-            engine="python",
-        )
-    except READ_ERRORS as error:
-        raise UserError(f"{path}: {reason(error)}. {advice}") from error
+    rows, separator = read_fields(path, "," if like is None else like.attrs["separator"])
+    names = [name.strip() for name in rows[0]]
+    has_header = names_columns(rows)
+    if like is not None:
+        has_header = like.columns[0] != "1" and not names[0].isdigit()
+    if has_header:
+        names = [name or f"Unnamed: {place}" for place, name in enumerate(names)]  # as in pandas
+        rows = rows[1:]
+    else:
+        names = [str(number + 1) for number in range(len(names))]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: a column twice in {', '.join(names)}. Give it another name")
 
-    table = table.dropna(how="all")  # blank lines
-    is_short = table.isna().any(axis=1)
-    if is_short.any():
-        row = is_short.idxmax() + 1
-        raise UserError(f"{path}: row {row} has fewer fields than the first. {advice}")
-    if not table.empty:
-        if table.iloc[0, 0].strip().isdigit():
-            table.columns = [str(number + 1) for number in table.columns]
-        else:
-            table = table[1:].set_axis(table.iloc[0].str.strip(), axis=1)
-    if table.empty or not table.columns.is_unique:
-        found = ", ".join(map(str, table.columns))
-        raise UserError(f"{path}: no rows, or a column twice, in {found}. {advice}")
+    table = pd.DataFrame(rows, columns=names, dtype=str)
+    table.index += 1
+    is_filled = table.map(str.strip) != ""
+    empty = [name for name in names if name.startswith("Unnamed: ") and not is_filled[name].any()]
+    if empty:
+        log(f"read      {path}: {len(empty)} empty columns without a name left out")
+    is_blank = ~is_filled.any(axis=1)
+    if len(names) > 1 and is_blank.any():  # in one column, a blank row is a text without words
+        log(f"read      {path}: {is_blank.sum()} blank rows left out")
+        table = table[~is_blank]
+    table = table.drop(columns=empty)
+    if table.empty:
+        raise UserError(f"{path}: no rows. Give train.csv and test.csv")
+    table.attrs["separator"] = separator
     return table
 
 
-def choose_columns(table: pd.DataFrame, path: Path, config: Config) -> Columns:
-    """Return the columns that the flags name. Without flags they are guessed by their names."""
-    by_lower_case = {name.lower(): name for name in table}
-    label = config.label_column
-    if label is None:
-        known = [by_lower_case[name] for name in LABEL_NAMES if name in by_lower_case]
-        label = known[0] if known else "label"
-    if label not in table:
-        found = f"no {label} column; found {', '.join(table)}"
-        raise UserError(f"{path}: {found}. Name it with --label-column")
+def read_fields(path: Path, separator: str) -> tuple[list[list[str]], str]:
+    """Return the rows of a csv file, of as many fields each, and what separates the fields.
 
-    id_column = config.id_column or by_lower_case.get("id")
-    others = [name for name in table if name not in (label, id_column)]
-    return Columns(label, id_column, config.text_columns or others)
+    If this cannot be told, it is the given separator.
+    """
+    advice = "Give train.csv and test.csv, in UTF-8 (Excel: CSV UTF-8)"
+    csv.field_size_limit(2**31 - 1)
+    try:
+        text = decode(path)
+        separator = find_separator(text) or separator
+        lines = io.StringIO(f"{text}\n{END}", newline="")
+        *rows, end = csv.reader(lines, delimiter=separator)
+    except READ_ERRORS as error:
+        raise UserError(f"{path}: {reason(error)}. {advice}") from error
+    if end != [END]:
+        found = f"the quote in row {len(rows) + 1} is never closed"
+        raise UserError(f"{path}: {found}. Close it, or write it twice")
+    if separator != ",":
+        log(f"read      {path}: the separator is {separator!r}")
+
+    rows = [row for row in rows if row]
+    while rows and not "".join(rows[0]).strip():
+        del rows[0]
+    if not rows:
+        raise UserError(f"{path}: no rows. {advice}")
+    width = len(rows[0])
+    for number, row in enumerate(rows, start=1):
+        is_short = len(row) < width and "".join(row).strip()
+        if is_short or "".join(row[width:]).strip():
+            found = f"row {number} has {len(row)} fields, the first row {width}"
+            raise UserError(f"{path}: {found}. Put texts with {separator!r} inside into quotes")
+    return [(row + width * [""])[:width] for row in rows], separator
+
+
+def decode(path: Path) -> str:
+    """Return a file's text, which is in UTF-8, in UTF-16 or in cp1252, as Excel saves it."""
+    content = path.read_bytes()
+    is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252")
+        log(f"warning   {path}: not in UTF-8; read as cp1252, Excel's encoding")
+        return text
+
+
+def find_separator(text: str) -> str | None:
+    """Return the first separator by which the first rows have as many fields, two or more."""
+    for separator in SEPARATORS:
+        rows = islice(csv.reader(io.StringIO(text, newline=""), delimiter=separator), 20)
+        widths = {len(row) for row in rows if "".join(row).strip()}
+        if len(widths) == 1 and max(widths) > 1:
+            return separator
+    return None
+
+
+def names_columns(rows: list[list[str]]) -> bool:
+    """Whether the first row is a header: no number, and no value that its column has again."""
+    names = [name.strip() for name in rows[0]]
+    if names[0].isdigit():
+        return False
+    if any(name.lower() in ("id", *LABEL_NAMES) for name in names):
+        return True
+    for place, name in enumerate(names):
+        below = (row[place].strip() for row in rows[1:] if place < len(row))
+        if name and name in below:
+            return False
+    return True
+
+
+def choose_label(train: pd.DataFrame, path: Path, config: Config) -> str:
+    """Return the label column. Without a header it is guessed: the one with the fewest values."""
+    by_lower_case = {name.lower(): name for name in train}
+    known = [by_lower_case[name] for name in LABEL_NAMES if name in by_lower_case]
+    label = config.label_column or next(iter(known), "label")
+    if config.label_column is None and train.columns[0] == "1":
+        label = train.nunique().idxmin()
+    if label not in train:
+        found = f"no {label} column; found {', '.join(train)}"
+        raise UserError(f"{path}: {found}. Name it with --label-column")
+    return label
+
+
+def choose_columns(train: pd.DataFrame, test: pd.DataFrame, label: str, config: Config) -> Columns:
+    """Return the columns that the flags name, and for the others a guess with its warnings."""
+    warnings = []
+    if train.columns[0] == "1" and config.label_column is None:
+        warnings.append(f"no header; column {label} has the fewest values and is the label")
+    id_column = config.id_column or guess_id(train, test, label)
+    texts = config.text_columns
+    if texts is None:
+        others = [name for name in train if name not in (label, id_column)]
+        reasons = {name: why_no_text(name, train, label) for name in others}
+        texts = [name for name in others if reasons[name] is None]
+        if not texts:  # all texts repeat, as where a file has been copied behind itself
+            texts = [name for name in others if reasons[name] == GIVES_AWAY]
+        for name in others:
+            if name not in texts:
+                warning = f"column {name} {reasons[name]} and is not read as text"
+                warnings.append(f"{warning}. To read it, name it with --text-columns")
+    return Columns(label, id_column, texts, tuple(warnings))
+
+
+def why_no_text(name: str, train: pd.DataFrame, label: str) -> str | None:
+    """Say why a column of train.csv is not read as text by default, or None if it is."""
+    if has_id_word(name):
+        return "holds ids"
+    if name.startswith("Unnamed: "):
+        return f"has no name and {(train[name] != '').sum()} filled rows"
+    return GIVES_AWAY if decides_label(train[name], train[label]) else None
+
+
+def has_id_word(name: str) -> bool:
+    """Whether id is a word of the name: ArticleId, text_id or IDCustomer, but not covid."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
+    return any(word.lower() == "id" for word in words)
+
+
+def guess_id(train: pd.DataFrame, test: pd.DataFrame, label: str) -> str | None:
+    """Return the column of test.csv that holds the rows' ids, or None.
+
+    It is called id, or has unique values and id as a word of its name. Without such a name
+    (articleid), or without any, the unique values have to be whole numbers.
+    """
+    named = []
+    indices = []
+    for name in test.columns.drop(label, errors="ignore"):
+        if name.lower() == "id":
+            return name
+        if not test[name].is_unique:
+            continue
+        if has_id_word(name):
+            named.append(name)
+        elif re.fullmatch(f"{UNNAMED}|.*id", name) and test[name].str.isdecimal().all():
+            indices.append(name)
+
+    unique = [name for name in named + indices if name not in train or train[name].is_unique]
+    return next(iter(unique + named), None)
+
+
+def decides_label(values: pd.Series, labels: pd.Series) -> bool:
+    """Whether a column gives the answer away: a value that repeats is always of one class.
+
+    So that a text that is there twice does not count, values have to repeat as a rule.
+    """
+    values = values.str.strip()
+    values = values[values != ""]
+    repeated = values[values.duplicated(keep=False)]
+    labels = labels[repeated.index]
+    is_rule = len(repeated) > len(values) / 2 and len(repeated) >= 3 * repeated.nunique()
+    return is_rule and labels.nunique() > 1 and labels.groupby(repeated).nunique().max() == 1
+
+
+def find_classes(labels: pd.Series, path: Path, config: Config) -> list[str]:
+    """Return the classes, numbers in their order. Raises UserError if one has too few rows."""
+    counts = labels.value_counts()
+    classes = sorted(counts.index, key=lambda name: (not name.isdigit(), name.zfill(9)))
+    if len(classes) < 2 or "" in classes or counts.min() < config.folds:
+        shares = ", ".join(
+            f"{name or '(empty)'}: {count}" for name, count in counts[:-6:-1].items()
+        )
+        found = f"{labels.name} has {len(classes)} classes, the smallest {shares}"
+        advice = f"Give two or more, {config.folds} rows each"
+        if len(classes) > 1 and counts.min() > 1:
+            advice += f", or --folds {counts.min()}"
+        raise UserError(f"{path}: {found}. {advice}, or name another --label-column")
+    least = len(classes) * config.folds
+    if config.limit is not None and config.limit < least:
+        advice = f"Give {least} or more, or fewer --folds"
+        raise UserError(
+            f"--limit {config.limit}: too few rows for {len(classes)} classes. {advice}"
+        )
+    return classes
+
+
+def draw_rows(train: pd.DataFrame, label: str, config: Config) -> pd.DataFrame:
+    """Draw --limit rows: of each class as many as there are folds, and then in proportion."""
+    if config.limit is None or config.limit >= len(train):
+        return train
+    shuffled = train.sample(frac=1, random_state=config.seed)
+    by_class = shuffled.groupby(label)[label]
+    rank = by_class.cumcount()
+    share = (rank / by_class.transform("size")).where(rank >= config.folds, -1.0)
+    drawn = share.sort_values(kind="stable").index[: config.limit]
+    return train.loc[drawn.sort_values()]
+
+
+def name_submission(news: News, folder: Path, config: Config) -> News:
+    """Return the news with the header of its submission, and ids where test.csv has none.
+
+    Both come from a sample submission beside the data, if there is one.
+    """
+    id_column = news.columns.id
+    header = [id_column, news.columns.label]
+    if id_column is None or (config.id_column is None and re.fullmatch(UNNAMED, id_column)):
+        header[0] = "Id"
+    ids = news.test.ids
+    warnings = list(news.columns.warnings)
+
+    sample = find_sample(folder, id_column, ids)
+    if sample is not None:
+        header = list(sample)
+    if id_column is None and sample is not None:
+        ids = sample[header[0]].str.strip().tolist()
+        warnings.append(
+            "test.csv has no ids; they are those of the sample submission, in its order"
+        )
+    elif id_column is None:
+        advice = "Name their column with --id-column"
+        warnings.append(f"test.csv has no ids; its rows are counted from 1. {advice}")
+    if config.label_name:
+        header[1] = config.label_name
+
+    columns = news.columns._replace(warnings=tuple(warnings))
+    test = news.test._replace(ids=ids)
+    return news._replace(columns=columns, test=test, header=header)
+
+
+def find_sample(folder: Path, id_column: str | None, ids: list[str]) -> pd.DataFrame | None:
+    """Return the sample submission, *sample*.csv: two columns, of which the first is the id."""
+    for path in sorted(folder.glob("*[sS][aA][mM][pP][lL][eE]*.csv")):
+        try:
+            sample = read_table(path)
+        except UserError as error:
+            log(f"warning   {error}. It is not used")
+            continue
+        found = sample.iloc[:, 0].str.strip().tolist()
+        fits = sample.columns[0] == id_column or sorted(found) == sorted(ids)
+        if id_column is None:
+            fits = len(found) == len(set(found)) == len(ids)
+        if fits and len(sample.columns) == 2:
+            log(f"sample    {path}: its header is the submission's")
+            return sample
+    return None
+
+
+def log_guesses(news: News) -> None:
+    """Print what an upload hangs on: at the start of the run, and at its end again."""
+    id_column = news.columns.id or "none"
+    log(f"upload    header {','.join(news.header)}; ids of test.csv's column: {id_column}")
+    for warning in news.columns.warnings:
+        log(f"warning   {warning}")
 
 
 def read_rows(table: pd.DataFrame, path: Path, columns: Columns) -> Rows:
@@ -301,7 +552,7 @@ def read_rows(table: pd.DataFrame, path: Path, columns: Columns) -> Rows:
         found = f"no {', '.join(missing) or 'text'} column; found {', '.join(table)}"
         raise UserError(f"{path}: {found}. Name it with --text-columns or --id-column")
 
-    ids = [str(number) for number in range(1, len(table) + 1)]
+    ids = [str(number) for number in table.index]
     if columns.id is not None:
         ids = table[columns.id].str.strip().tolist()
     twice, count = Counter(ids).most_common(1)[0]
@@ -361,10 +612,13 @@ def stem(word: str) -> str:
 
 
 def split_text(columns: Sequence[str], tokenize: Callable[[str], list[str]]) -> list[Token]:
-    """Return the tokens of a text, which is given as its columns."""
+    """Return the tokens of a text, which is given as its columns.
+
+    In languages without blanks between words, each character is a token.
+    """
     tokens = []
     for number, column in enumerate(columns, start=1):
-        for word in tokenize(column):
+        for word in tokenize(NO_BLANKS.sub(r" \g<0> ", column)):
             tokens.append(Token(word, number, f"{number}:{stem(word)}"))
     return tokens
 
@@ -393,8 +647,32 @@ class Vocabulary(NamedTuple):
 def find_vectors(given: str | None, folder: Path) -> Path | None:
     """Return the file of word vectors: the given one, else one beside the data, else None."""
     if given is None:
-        return min([*folder.glob("glove*.txt"), *folder.glob("*.vec")], default=None)
+        packed = [*folder.glob("glove*.txt.gz"), *folder.glob("*.vec.gz")]
+        found = [*folder.glob("glove*.txt"), *folder.glob("*.vec")]
+        return min(found or packed, default=None)
     return None if given == "none" else Path(given)
+
+
+def open_text(path: Path) -> TextIO:
+    """Open a text file, which may be compressed by gzip."""
+    with open(path, "rb") as file:
+        is_packed = file.read(2) == b"\x1f\x8b"
+    opener = gzip.open if is_packed else open
+    return opener(path, "rt", encoding="utf-8-sig", errors="replace")
+
+
+def name_kind(path: Path) -> str | None:
+    """Say what a file is that holds no vectors as text, or None if it is nothing well known."""
+    try:
+        with open_text(path) as file:
+            text = file.read(1000)
+    except READ_ERRORS:
+        return None
+    if text.startswith("PK"):
+        return "a zip archive, which has to be unpacked first"
+    if "\0" in text or text.count("\ufffd") > len(text) / 20:
+        return "a binary file, such as word2vec's .bin; gensim can save it as text"
+    return "tabs stand between the numbers, where blanks have to" if "\t" in text else None
 
 
 def read_vectors(path: Path, words: set[str]) -> dict[str, np.ndarray]:
@@ -406,7 +684,7 @@ def read_vectors(path: Path, words: set[str]) -> dict[str, np.ndarray]:
     advice = "Give a GloVe, fastText or word2vec text file, or none"
     vectors = {}
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open_text(path) as file:
             lines = []
             for number, line in enumerate(file):
                 if number < FREQUENT or line.split(" ")[0] in words:
@@ -418,10 +696,12 @@ def read_vectors(path: Path, words: set[str]) -> dict[str, np.ndarray]:
                 word, *numbers = line.split(" ")
                 vectors[word] = np.array(numbers, dtype=np.float32)
     except READ_ERRORS as error:
-        raise UserError(f"--vectors {path}: {reason(error)}. {advice}") from error
+        found = name_kind(path) or reason(error)
+        raise UserError(f"--vectors {path}: {found}. {advice}") from error
 
     if width == 0 or words.isdisjoint(vectors):
-        raise UserError(f"--vectors {path}: none of the texts' words is in it. {advice}")
+        found = name_kind(path) or "none of the texts' words is in it"
+        raise UserError(f"--vectors {path}: {found}. {advice}")
     spread = np.std(list(vectors.values()))
     if not 0 < spread < math.inf:
         raise UserError(f"--vectors {path}: numbers all the same, or not finite. {advice}")
@@ -780,6 +1060,7 @@ def predict_probabilities(model: TransformerClassifier, texts: list[Tensor]) -> 
 # Cross-validation ---------------------------------------------------------------------------------
 def cross_validate(config: Config) -> dict:
     """Train a model for each fold, and leave everything in the run's folder. Return the metrics."""
+    check_writable(Path("submission.csv"))
     folder = find_data(config.data)
     news = load_news(folder, config)
     vectors_path = find_vectors(config.vectors, folder)
@@ -817,6 +1098,7 @@ def cross_validate(config: Config) -> dict:
     if RANK == 0:
         write_json(config.out / "metrics.json", metrics)
         write_submission(Path("submission.csv"), news, folds)
+        log_guesses(news)
     return metrics
 
 
@@ -961,8 +1243,21 @@ def write_submission(path: Path, news: News, folds: list[dict]) -> None:
     """Write the class of each test text, by the mean over all models."""
     probabilities = torch.stack([fold["test_probabilities"] for fold in folds]).mean(0)
     answers = [news.classes[i] for i in probabilities.argmax(1)]
-    table = {news.columns.id or "Id": news.test.ids, news.columns.label: answers}
-    write_table(path, pd.DataFrame(table))
+    rows = zip(news.test.ids, answers, strict=True)
+    write_table(path, pd.DataFrame(rows, columns=news.header))
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError if a file cannot be written: before the training, and not after it."""
+    temporary = path.with_name(f".{path.name}.tmp")  # that of write_file
+    try:
+        temporary.touch()
+        temporary.unlink(missing_ok=True)
+        if path.exists():
+            open(path, "r+b").close()
+    except OSError as error:
+        advice = "Close it where it is open, or start the run in another folder"
+        raise UserError(f"{path.absolute()}: {reason(error)}. {advice}") from error
 
 
 def write_predictions(path: Path, news: News, probabilities: Tensor) -> None:
@@ -1286,11 +1581,12 @@ def parse_args(argv: list[str] | None) -> Config:
     )
     add("--seed", type=natural, help="of folds, weights, batches and dropout [%(default)s]")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="[%(default)s]")
-    add("--limit", type=positive, metavar="N", help="train on N random rows, a first look [all]")
+    add("--limit", type=positive, metavar="N", help="train on N rows, drawn by class [all]")
 
     add = parser.add_argument_group("text (columns without a header: 1, 2, …)").add_argument
     add("--label-column", help=f"the class [one named {', '.join(LABEL_NAMES)}]")
-    add("--id-column", help="the row's id [one named id, else the rows are counted]")
+    add("--id-column", help="the row's id in test.csv [id, or unique values and id in the name]")
+    add("--label-name", help="its name in submission.csv [a sample submission's, else its own]")
     add("--text-columns", nargs="+", help="the texts [all others, in file order]")
     add("--tokenizer", choices=TOKENIZERS, help="splits texts into words [%(default)s]")
     add(

@@ -49,17 +49,20 @@ import json
 import math
 import os
 import pickle
+import re
 import shlex
 import shutil
 import struct
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -75,7 +78,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.mixture import GaussianMixture
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -90,7 +93,8 @@ CHECKPOINT_VERSION = "vae_anime 8"  # increase it whenever the network changes
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
-SIZE = 64  # images are RGB, SIZE x SIZE
+SIZE = 64  # images are SIZE x SIZE
+COLOURS = "RGB"
 DIMENSIONS = 3 * SIZE * SIZE
 
 # Network
@@ -117,8 +121,10 @@ NOISE_IMAGES = 4096  # training images whose errors give the final σ, at most
 PRIOR_IMAGES = 16384  # training images that the mixture is fitted to, at most
 TERMS = ("reconstruction", "kl", "loss")  # loss = reconstruction + λ KL
 ACTIVE_VARIANCE = 0.01  # a latent unit is active if its mean varies more (Burda et al. 2016)
-MAX_BYTES = 2**25  # of one image file
-MAX_PIXELS = 2**24  # of one image
+MAX_BYTES = 2**27  # of one unpacked picture
+LARGE_PHOTO = 2**24  # pixels
+MAX_PIXELS = 50_000_000  # of one picture, once it is decoded
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 # What zipfile, Pillow and torch raise over a file that is missing or damaged
 READ_ERRORS = (
@@ -159,6 +165,7 @@ class Config:
     lr: float = 2e-3
     seed: int = 0
     limit: int | None = None
+    fit: str = "squeeze"
     data_sha256: str = ""  # known once the data is read
 
     data: Path | None = None
@@ -184,8 +191,13 @@ class Config:
 # Data ---------------------------------------------------------------------------------------------
 # Same in vae_mnist.py
 def find_data(given: Path | None) -> Path:
-    """Return the file to read: the given one, else the one in data/, else the bundled sample."""
+    """Return the file to read: the given one, else the one in data/, else the bundled sample.
+
+    Of a folder that holds a file of the course's name, it is that file.
+    """
     path = given or (DATA_FILE if DATA_FILE.exists() else SAMPLE_FILE)
+    if (path / DATA_FILE.name).is_file():
+        path = path / DATA_FILE.name
     source = f"The real file is the course's; put it into {DATA_FILE}"
     if not path.exists():
         raise UserError(f"{path}: no such file. {source}, or name a file with --data")
@@ -193,54 +205,141 @@ def find_data(given: Path | None) -> Path:
     return path
 
 
-def load_images(path: Path) -> tuple[Tensor, str]:
-    """Read the PNG and JPEG images of a zip file, or of a folder and the folders in it.
+def load_images(path: Path, fit: str = "squeeze") -> tuple[Tensor, str]:
+    """Read pictures as RGB, uint8 (N, 3, 64, 64). Return them and a sha256."""
+    return load_pictures(path, fit)
 
-    Returns RGB images in the order of their names, uint8 (N, 3, 64, 64), and the sha256 of the zip
-    file or of the folder's images. Counts what cannot be read; raises UserError if nothing can.
+
+# Same in vae_mnist.py
+def load_pictures(path: Path, fit: str) -> tuple[Tensor, str]:
+    """Read the pictures of a zip file, or of a folder and the folders in it, in order of names.
+
+    Returns uint8 (N, C, SIZE, SIZE), and the sha256 of the zip file or of the folder's pictures.
+    Counts the files that cannot be read, by reason; raises UserError if none can.
     """
-    images = []
-    unread = []
+    pictures = []
+    oblong = 0
+    unread = {}  # names by reason
     try:
         files = find_files(path)
-        for name in sorted(files):
+        bar = partial(tqdm, desc="reading", file=sys.stdout, leave=False, disable=RANK > 0)
+        for name, open_file in bar(files, delay=2, mininterval=2):
             try:
-                with files[name]() as file:
-                    images.append(read_image(file.read(MAX_BYTES)))
-            except READ_ERRORS:
-                unread.append(name)
-        if not images:
-            raise ValueError("no PNG or JPEG image in it that can be read")
-        if unread:
-            log(f"warning   {path}: {len(unread)} images cannot be read, such as {unread[0]!r}")
-        stacked = np.stack(images)
+                with open_file() as file, warnings.catch_warnings(action="ignore"):
+                    picture = decode_picture(file.read(MAX_BYTES))
+                pictures.append(fit_picture(picture, fit))
+                oblong += picture.width != picture.height
+            except READ_ERRORS as error:
+                why = re.sub(r" \(.*?\)", "", reason(error)).replace(repr(name), "it")
+                unread.setdefault(why, []).append(name)
+
+        lines = []
+        for why, names in unread.items():
+            count = f"{len(names)} of {len(files)} files"
+            lines.append(f"{count} cannot be read, such as {names[0]!r}: {why}")
+        if not pictures:
+            raise ValueError("; ".join(["no picture in it", *lines[:1]]))
+        for line in lines:
+            log(f"warning   {path}: {line}")
+        if oblong:
+            log(f"images    {oblong} of {len(pictures)} are not square: --fit {fit}")
+
+        stacked = np.stack(pictures).reshape(len(pictures), SIZE, SIZE, -1)
         sha256 = hashlib.sha256(stacked).hexdigest() if path.is_dir() else sha256_of(path)
     except READ_ERRORS as error:
-        advice = "Give a zip file or a folder of PNG or JPEG images"
+        advice = "Give a zip file or a folder of pictures"
         raise UserError(f"{path}: {reason(error)}. {advice}") from error
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous(), sha256
 
 
-def find_files(path: Path) -> dict[str, Callable[[], BinaryIO]]:
-    """Return a function for each PNG or JPEG file in a zip file or folder, which opens it."""
+# Same in vae_mnist.py
+def find_files(path: Path) -> list[tuple[str, Callable[[], BinaryIO]]]:
+    """Return the name of each file in a zip file or folder, sorted, and what opens it."""
     if path.is_dir():
-        files = {str(file): partial(open, file, "rb") for file in path.rglob("*")}
+        files = [(str(file), partial(open, file, "rb")) for file in walk(path)]
     else:
         archive = zipfile.ZipFile(path)
-        files = {name: partial(archive.open, name) for name in archive.namelist()}
-    endings = (".png", ".jpg", ".jpeg")
-    return {name: file for name, file in files.items() if name.lower().endswith(endings)}
+        files = []
+        for member in archive.infolist():  # two members may have one name
+            hidden = any(is_hidden(part) for part in member.filename.split("/"))
+            if not hidden and not member.is_dir():
+                files.append((member.filename, partial(archive.open, member)))
+    return sorted(files, key=itemgetter(0))
 
 
-def read_image(content: bytes) -> np.ndarray:
-    """Decode a PNG or JPEG file to RGB, uint8 (64, 64, 3)."""
-    image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
+# Same in vae_mnist.py
+def walk(path: Path) -> Iterator[Path]:
+    """The files of a folder and the folders in it, linked ones too, each folder once.
+
+    Hidden files and the figures of runs are left out.
+    """
+    seen = set()
+    for folder, subfolders, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        is_run = {"config.json", "history.csv"} <= set(names) and Path(folder) != path
+        if is_run:
+            log(f"images    left out {folder}, the folder of a run")
+        if is_run or real in seen:
+            subfolders.clear()
+            continue
+
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
+        for name in names:
+            file = Path(folder, name)
+            if not is_hidden(name) and name != "lambda-sheet.png" and not file.is_fifo():
+                yield file
+
+
+# Same in vae_mnist.py
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or is what macOS adds to a zip file."""
+    return name == "__MACOSX" or (name.startswith(".") and name.strip(".") != "")
+
+
+# Same in vae_mnist.py
+def decode_picture(content: bytes) -> Image.Image:
+    """Decode a picture, or its first frame, as a viewer shows it: upright, and on white.
+
+    Raises one of READ_ERRORS if the bytes are none of FORMATS, damaged, or too many pixels.
+    """
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"none of {', '.join(FORMATS)}") from error
+    if image.width * image.height > LARGE_PHOTO:
+        image.draft(None, (4 * SIZE, 4 * SIZE))  # has JPEG files shrunk while they are decoded
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"more than {MAX_PIXELS} pixels")
-    if image.mode.startswith("I"):
-        raise ValueError("16 bits per value")
-    image = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)
-    return np.asarray(image)
+
+    image.load()
+    with contextlib.suppress(*READ_ERRORS):  # a damaged orientation counts as none
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError("neither 8 nor 16 bits per value")
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert(COLOURS)
+
+
+# Same in vae_mnist.py
+def fit_picture(picture: Image.Image, fit: str) -> np.ndarray:
+    """Resize a picture to SIZE x SIZE, uint8: the whole of it squeezed, or its middle cropped."""
+    if fit == "crop":
+        return np.asarray(ImageOps.fit(picture, (SIZE, SIZE), Image.Resampling.BOX))
+    return np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BOX))
+
+
+def describe_blank(images: Tensor, path: Path) -> list[str]:
+    """Return a warning if there are blank images. Raises UserError if there are no others."""
+    values = images.flatten(1)
+    blank = int((values.amin(1) == values.amax(1)).sum())
+    if blank == len(images):
+        raise UserError(f"{path}: each image is of one grey value. Give images of faces")
+    return [f"warning   {path}: {blank} images are of one grey value"] if blank else []
 
 
 # Same in vae_mnist.py
@@ -667,7 +766,7 @@ def fit_prior(model: VAE, images: dict[str, Tensor], config: Config) -> None:
     _, per_image = evaluate(model, images["train"][:PRIOR_IMAGES], config)
     mu = per_image["mu"]
     noise = torch.randn(4, *mu.shape, generator=random_generator(config.seed, "prior"))
-    z = mu + per_image["variance"].sqrt() * noise  # four samples for each image, (4, N, k)
+    z = mu + per_image["variance"].sqrt() * noise  # four latents for each image, (4, N, k)
 
     mixture = GaussianMixture(PRIOR_COMPONENTS, reg_covar=1e-3, random_state=0)
     mixture.fit(z.flatten(0, 1).double().numpy())
@@ -913,7 +1012,7 @@ def run_model(config: Config, images: dict[str, Tensor], bar: tqdm) -> dict:
         history = train(model, images, config, checkpoint, bar)
         finished = time.monotonic()
         fit_noise(model, images, config)
-        if config.prior == "learned" and config.kl_weight > 0:
+        if config.prior == "learned" and config.kl_weight > 0:  # at λ = 0, N(0, I) is the lesson
             fit_prior(model, images, config)
 
         log("trained   scoring and drawing take a moment more")
@@ -947,10 +1046,14 @@ def run_model(config: Config, images: dict[str, Tensor], bar: tqdm) -> dict:
 # Same in vae_mnist.py
 def run_models(config: Config, kl_weights: list[float]) -> dict:
     """Train a model per λ. Return the metrics of the one model, or of several by λ."""
-    images, sha256 = load_images(find_data(config.data))
+    path = find_data(config.data)
+    images, sha256 = load_images(path, config.fit)
+    warnings_at_end = describe_blank(images, path)
     config = replace(config, data_sha256=sha256)
     images = split_images(images, config)
     log("images    " + ", ".join(f"{len(part)} {name}" for name, part in images.items()))
+    for line in warnings_at_end:
+        log(line)
 
     if config.batch_size % WORLD_SIZE > 0:
         raise UserError(f"--batch-size {config.batch_size}: give a multiple of {WORLD_SIZE}")
@@ -970,6 +1073,8 @@ def run_models(config: Config, kl_weights: list[float]) -> dict:
             scores = "{bits_per_dim:.3f} bits/dim, {psnr_db:.1f} dB".format(**result)
             log(f"λ = {kl_weight:g}: -ELBO {result['neg_elbo']['test']:.2f} nats, {scores}")
 
+    for line in warnings_at_end:
+        log(line)
     log(f"wrote     {config.out}/lambda-{', lambda-'.join(metrics)}")
     words = ["--lambda", f"{kl_weights[-1]:g}", "--out", str(config.out), "--sample", "100"]
     log(f"next      {shlex.join(['python', sys.argv[0], *words])}")
@@ -991,8 +1096,11 @@ def sample_finished(config: Config) -> dict:
 
 def evaluate_file(config: Config) -> dict:
     """Score the finished model on a file; leave reconstructions.npz and a picture."""
-    model, _ = load_finished(config.folder, pick_device(config.device))
-    images, _ = load_images(config.evaluate)
+    model, settings = load_finished(config.folder, pick_device(config.device))
+    path = find_data(config.evaluate)
+    images, _ = load_images(path, settings.get("fit", "squeeze"))  # as in training
+    for line in describe_blank(images, path):
+        log(line)
     metrics, per_image = evaluate(model, images, config)
     metrics["images"] = len(images)
     reconstruction = per_image["reconstructed"]
@@ -1274,6 +1382,8 @@ def parse_args(argv: list[str] | None) -> tuple[Config, list[float]]:
     add("--seed", type=natural, help="of split, weights, batches and noise [%(default)s]")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="[%(default)s]")
     add("--limit", type=positive, metavar="N", help="use N random images, for a first look [all]")
+    fit = "make pictures square by squeezing them, or by cropping their middle [%(default)s]"
+    add("--fit", choices=("squeeze", "crop"), help=fit)
 
     add = parser.add_argument_group("model and objective").add_argument
     add(

@@ -45,19 +45,23 @@ import json
 import math
 import os
 import pickle
+import re
 import shlex
 import shutil
+import struct
 import sys
 import time
 import tokenize
+import warnings
 import zipfile
 import zlib
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # how long OpenMP threads spin before they sleep
 os.environ["MPLBACKEND"] = "agg"  # what a notebook's ! command passes on may not be installed
@@ -71,7 +75,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.mixture import GaussianMixture
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -87,10 +91,11 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 SIZE = 28  # images are SIZE x SIZE
+COLOURS = "L"  # Pillow's name for grey values
 PIXELS = SIZE * SIZE
 
 # Network
-WIDTH = 24  # channels at 14 x 14; twice as many at 7 x 7
+WIDTH = 24  # channels at 14 x 14; twice as many at 7 x 7, and 16 at 28 x 28
 PRIOR_COMPONENTS = 64
 
 # Optimization
@@ -110,9 +115,13 @@ EVAL_BATCH = 250
 PRIOR_IMAGES = 16384  # training images that the mixture is fitted to, at most
 TERMS = ("reconstruction", "kl", "loss")  # loss = reconstruction + λ KL
 ACTIVE_VARIANCE = 0.01  # a latent unit is active if its mean varies more (Burda et al. 2016)
-MAX_BYTES = 2**29  # of one unpacked array
+MAX_BYTES = 2**29  # of one unpacked array or picture
+LARGE_PHOTO = 2**24  # pixels
+MAX_PIXELS = 50_000_000  # of one picture, once it is decoded
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+ROUNDING = 1e-3  # values may leave their range by so much
 
-# What NumPy and torch raise over a file that is missing or damaged
+# What NumPy, zipfile, Pillow and torch raise over a file that is missing or damaged
 READ_ERRORS = (
     OSError,
     EOFError,
@@ -121,12 +130,15 @@ READ_ERRORS = (
     LookupError,
     AttributeError,
     AssertionError,
+    SyntaxError,
     RuntimeError,
     OverflowError,
     MemoryError,
     NotImplementedError,
+    struct.error,
     zipfile.BadZipFile,
     zlib.error,
+    Image.DecompressionBombError,
     pickle.UnpicklingError,
     tokenize.TokenError,
 )
@@ -149,6 +161,7 @@ class Config:
     lr: float = 2e-3
     seed: int = 0
     limit: int | None = None
+    fit: str = "squeeze"
     data_sha256: str = ""  # known once the data is read
 
     data: Path | None = None
@@ -174,8 +187,13 @@ class Config:
 # Data ---------------------------------------------------------------------------------------------
 # Same in vae_anime.py
 def find_data(given: Path | None) -> Path:
-    """Return the file to read: the given one, else the one in data/, else the bundled sample."""
+    """Return the file to read: the given one, else the one in data/, else the bundled sample.
+
+    Of a folder that holds a file of the course's name, it is that file.
+    """
     path = given or (DATA_FILE if DATA_FILE.exists() else SAMPLE_FILE)
+    if (path / DATA_FILE.name).is_file():
+        path = path / DATA_FILE.name
     source = f"The real file is the course's; put it into {DATA_FILE}"
     if not path.exists():
         raise UserError(f"{path}: no such file. {source}, or name a file with --data")
@@ -183,29 +201,25 @@ def find_data(given: Path | None) -> Path:
     return path
 
 
-def load_images(path: Path) -> tuple[Tensor, str]:
-    """Read an npz file. Return its images, uint8 (N, 1, 28, 28), and the file's sha256.
+def load_images(path: Path, fit: str = "squeeze") -> tuple[Tensor, str]:
+    """Read an npz file, or pictures. Return grey images, uint8 (N, 1, 28, 28), and a sha256.
 
-    The images are the array `image`, or without one the first of shape (N, H, W), (N, H, W, 1)
-    or (N, 1, H, W). Raises UserError if there is none, or if its values are not grey values.
+    Raises UserError if there are none, or if an array's values are not grey values.
     """
     try:
+        if path.is_dir():
+            return load_pictures(path, fit)
         content = path.read_bytes()
-        sizes = [member.file_size for member in zipfile.ZipFile(io.BytesIO(content)).infolist()]
-        if max(sizes, default=0) > MAX_BYTES:
+        members = zipfile.ZipFile(io.BytesIO(content)).infolist()
+        if not any(member.filename.endswith(".npy") for member in members):
+            return load_pictures(path, fit)
+        if max(member.file_size for member in members) > MAX_BYTES:
             raise ValueError(f"an array in it unpacks to more than {MAX_BYTES >> 20} MiB")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             images = find_images(arrays)
+        images = to_grey(stretch(images, path))
     except READ_ERRORS as error:
         raise UserError(f"{path}: {reason(error)}. Give np.savez(file, image=images)") from error
-
-    if not np.isfinite(images).all() or images.min() < 0 or images.max() > 255:
-        raise UserError(f"{path}: holds values outside 0 to 255")
-    if images.shape[1] != images.shape[2]:
-        raise UserError(f"{path}: images of {images.shape[1:]} are not square")
-    if images.max() <= 1:
-        log(f"warning   {path}: values from 0 to 1, stretched to 255")
-        images = images * 255.0
 
     images = torch.from_numpy(images.astype(np.float32))[:, None]
     images = F.interpolate(images, (SIZE, SIZE), mode="area")  # of this size already: no change
@@ -213,14 +227,207 @@ def load_images(path: Path) -> tuple[Tensor, str]:
 
 
 def find_images(arrays: np.lib.npyio.NpzFile) -> np.ndarray:
-    """Return the array that holds the images, as (N, H, W)."""
-    names = ["image"] if "image" in arrays.files else arrays.files
-    for name in names:
-        array = np.asarray(arrays[name])  # a member that is no array comes as bytes
-        size = [length for length in array.shape[1:] if length != 1]  # without the channel axis
-        if len(size) == 2 and array.size > 0 and array.dtype.kind in "buif":
-            return array.reshape(len(array), *size)
-    raise ValueError(f"no images (N, H, W) in it; found {', '.join(arrays.files)}")
+    """Return the array `image`, or the one with the most images: (N, k, k) or (N, k, k, C)."""
+    found = {}
+    candidates = {}
+    for name in arrays.files:
+        try:
+            array = np.asarray(arrays[name])  # a member that is no array comes as bytes
+        except ValueError as error:  # an array of objects
+            found[name] = f"{name}: {reason(error)}"
+            continue
+        found[name] = f"{name} {array.shape}"
+        images = as_images(array)
+        if images is not None:
+            candidates[name] = images
+
+    if not candidates:
+        raise ValueError(f"no square images (N, H, W) in it; found {', '.join(found.values())}")
+    sizes = {name: (len(images), images.size) for name, images in candidates.items()}
+    chosen = "image" if "image" in candidates else max(sizes, key=sizes.get)
+    others = [found[name] for name in candidates if name != chosen]
+    log("images    " + ", not ".join([found[chosen], *others]))
+    return candidates[chosen]
+
+
+def as_images(array: np.ndarray) -> np.ndarray | None:
+    """Return an array as images, (N, k, k) or (N, k, k, 3 or 4), or None if it is something else.
+
+    It may be flat, (N, k²), have its channels first, or have axes of length 1.
+    """
+    if array.dtype.kind not in "buif" or array.ndim < 2 or array.size == 0:
+        return None
+    shape = [length for length in array.shape[1:] if length != 1]
+    side = math.isqrt(math.prod(shape))
+    if len(shape) == 1 and side >= 8 and side**2 == shape[0]:  # else labels, one-hot
+        shape = [side, side]
+
+    images = array.reshape(len(array), *shape)
+    if len(shape) == 3 and shape[0] in (3, 4):
+        images = np.moveaxis(images, 1, -1)
+    is_square = images.ndim >= 3 and images.shape[1] == images.shape[2]
+    return images if is_square and images.shape[3:] in ((), (3,), (4,)) else None
+
+
+def stretch(images: np.ndarray, path: Path) -> np.ndarray:
+    """Bring values to 0 to 255, and say so. Raises ValueError if they cannot be grey values."""
+    lowest = float(images.min())
+    highest = float(images.max())
+    top = 65535 if images.dtype == np.uint16 and highest > 255 else 255
+    if not np.isfinite(images).all() or lowest < -ROUNDING or highest > top + ROUNDING:
+        raise ValueError(f"holds values outside 0 to 255: from {lowest:g} to {highest:g}")
+
+    if highest <= 1 + ROUNDING:
+        top = 1
+    elif highest < 128:  # no pixel would be lit; scikit-learn's digits end at 16
+        top = highest
+    if top == 255:
+        return images
+    log(f"warning   {path}: values from 0 to {top:g}, stretched to 255")
+    return images * (255.0 / top)
+
+
+def to_grey(images: np.ndarray) -> np.ndarray:
+    """(N, k, k) as it is, or (N, k, k, C) -> (N, k, k): its brightness, on white if C = 4."""
+    if images.ndim == 3:
+        return images
+    grey = images[..., :3] @ np.float32([0.299, 0.587, 0.114])
+    if images.shape[-1] == 3:
+        return grey
+    opacity = images[..., 3] / np.float32(255)
+    return grey * opacity + 255 * (1 - opacity)
+
+
+# Same in vae_anime.py
+def load_pictures(path: Path, fit: str) -> tuple[Tensor, str]:
+    """Read the pictures of a zip file, or of a folder and the folders in it, in order of names.
+
+    Returns uint8 (N, C, SIZE, SIZE), and the sha256 of the zip file or of the folder's pictures.
+    Counts the files that cannot be read, by reason; raises UserError if none can.
+    """
+    pictures = []
+    oblong = 0
+    unread = {}  # names by reason
+    try:
+        files = find_files(path)
+        bar = partial(tqdm, desc="reading", file=sys.stdout, leave=False, disable=RANK > 0)
+        for name, open_file in bar(files, delay=2, mininterval=2):
+            try:
+                with open_file() as file, warnings.catch_warnings(action="ignore"):
+                    picture = decode_picture(file.read(MAX_BYTES))
+                pictures.append(fit_picture(picture, fit))
+                oblong += picture.width != picture.height
+            except READ_ERRORS as error:
+                why = re.sub(r" \(.*?\)", "", reason(error)).replace(repr(name), "it")
+                unread.setdefault(why, []).append(name)
+
+        lines = []
+        for why, names in unread.items():
+            count = f"{len(names)} of {len(files)} files"
+            lines.append(f"{count} cannot be read, such as {names[0]!r}: {why}")
+        if not pictures:
+            raise ValueError("; ".join(["no picture in it", *lines[:1]]))
+        for line in lines:
+            log(f"warning   {path}: {line}")
+        if oblong:
+            log(f"images    {oblong} of {len(pictures)} are not square: --fit {fit}")
+
+        stacked = np.stack(pictures).reshape(len(pictures), SIZE, SIZE, -1)
+        sha256 = hashlib.sha256(stacked).hexdigest() if path.is_dir() else sha256_of(path)
+    except READ_ERRORS as error:
+        advice = "Give a zip file or a folder of pictures"
+        raise UserError(f"{path}: {reason(error)}. {advice}") from error
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous(), sha256
+
+
+# Same in vae_anime.py
+def find_files(path: Path) -> list[tuple[str, Callable[[], BinaryIO]]]:
+    """Return the name of each file in a zip file or folder, sorted, and what opens it."""
+    if path.is_dir():
+        files = [(str(file), partial(open, file, "rb")) for file in walk(path)]
+    else:
+        archive = zipfile.ZipFile(path)
+        files = []
+        for member in archive.infolist():  # two members may have one name
+            hidden = any(is_hidden(part) for part in member.filename.split("/"))
+            if not hidden and not member.is_dir():
+                files.append((member.filename, partial(archive.open, member)))
+    return sorted(files, key=itemgetter(0))
+
+
+# Same in vae_anime.py
+def walk(path: Path) -> Iterator[Path]:
+    """The files of a folder and the folders in it, linked ones too, each folder once.
+
+    Hidden files and the figures of runs are left out.
+    """
+    seen = set()
+    for folder, subfolders, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        is_run = {"config.json", "history.csv"} <= set(names) and Path(folder) != path
+        if is_run:
+            log(f"images    left out {folder}, the folder of a run")
+        if is_run or real in seen:
+            subfolders.clear()
+            continue
+
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
+        for name in names:
+            file = Path(folder, name)
+            if not is_hidden(name) and name != "lambda-sheet.png" and not file.is_fifo():
+                yield file
+
+
+# Same in vae_anime.py
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or is what macOS adds to a zip file."""
+    return name == "__MACOSX" or (name.startswith(".") and name.strip(".") != "")
+
+
+# Same in vae_anime.py
+def decode_picture(content: bytes) -> Image.Image:
+    """Decode a picture, or its first frame, as a viewer shows it: upright, and on white.
+
+    Raises one of READ_ERRORS if the bytes are none of FORMATS, damaged, or too many pixels.
+    """
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"none of {', '.join(FORMATS)}") from error
+    if image.width * image.height > LARGE_PHOTO:
+        image.draft(None, (4 * SIZE, 4 * SIZE))  # has JPEG files shrunk while they are decoded
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"more than {MAX_PIXELS} pixels")
+
+    image.load()
+    with contextlib.suppress(*READ_ERRORS):  # a damaged orientation counts as none
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError("neither 8 nor 16 bits per value")
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert(COLOURS)
+
+
+# Same in vae_anime.py
+def fit_picture(picture: Image.Image, fit: str) -> np.ndarray:
+    """Resize a picture to SIZE x SIZE, uint8: the whole of it squeezed, or its middle cropped."""
+    if fit == "crop":
+        return np.asarray(ImageOps.fit(picture, (SIZE, SIZE), Image.Resampling.BOX))
+    return np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BOX))
+
+
+def describe_blank(images: Tensor, path: Path) -> list[str]:
+    """Return a warning if there are blank images. Raises UserError if there are no others."""
+    lit = (images >= 128).flatten(1)
+    blank = int((lit.all(1) | ~lit.any(1)).sum())
+    if blank == len(images):
+        raise UserError(f"{path}: no image has dark and lit pixels. Scale them from 0 to 255")
+    return [f"warning   {path}: {blank} images have no lit or no dark pixel"] if blank else []
 
 
 # Same in vae_anime.py
@@ -382,7 +589,7 @@ class VAE(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def encode(self, x: Tensor) -> D.Independent:
-        """x (B, 1, 28, 28) in [0, 1] -> q(z|x), a Gaussian over (B, k)."""
+        """Binary x (B, 1, 28, 28) -> q(z|x), a Gaussian over (B, k)."""
         with autocast(x.device):
             mu, logvar = self.encoder(x - self.mean_image).chunk(2, dim=1)
         return diagonal_gaussian(mu, logvar)
@@ -511,7 +718,7 @@ def fit_prior(model: VAE, images: dict[str, Tensor], config: Config) -> None:
     _, per_image = evaluate(model, images["train"][:PRIOR_IMAGES], config)
     mu = per_image["mu"]
     noise = torch.randn(4, *mu.shape, generator=random_generator(config.seed, "prior"))
-    z = mu + per_image["variance"].sqrt() * noise  # four samples for each image, (4, N, k)
+    z = mu + per_image["variance"].sqrt() * noise  # four latents for each image, (4, N, k)
 
     mixture = GaussianMixture(PRIOR_COMPONENTS, reg_covar=1e-3, random_state=0)
     mixture.fit(z.flatten(0, 1).double().numpy())
@@ -733,7 +940,7 @@ def run_model(config: Config, images: dict[str, Tensor], bar: tqdm) -> dict:
 
         history = train(model, images, config, checkpoint, bar)
         finished = time.monotonic()
-        if config.prior == "learned" and config.kl_weight > 0:
+        if config.prior == "learned" and config.kl_weight > 0:  # at λ = 0, N(0, I) is the lesson
             fit_prior(model, images, config)
 
         log("trained   scoring and drawing take a moment more")
@@ -768,10 +975,14 @@ def run_model(config: Config, images: dict[str, Tensor], bar: tqdm) -> dict:
 # Same in vae_anime.py
 def run_models(config: Config, kl_weights: list[float]) -> dict:
     """Train a model per λ. Return the metrics of the one model, or of several by λ."""
-    images, sha256 = load_images(find_data(config.data))
+    path = find_data(config.data)
+    images, sha256 = load_images(path, config.fit)
+    warnings_at_end = describe_blank(images, path)
     config = replace(config, data_sha256=sha256)
     images = split_images(images, config)
     log("images    " + ", ".join(f"{len(part)} {name}" for name, part in images.items()))
+    for line in warnings_at_end:
+        log(line)
 
     if config.batch_size % WORLD_SIZE > 0:
         raise UserError(f"--batch-size {config.batch_size}: give a multiple of {WORLD_SIZE}")
@@ -791,6 +1002,8 @@ def run_models(config: Config, kl_weights: list[float]) -> dict:
             scores = "{bits_per_dim:.3f} bits/dim, {psnr_db:.1f} dB".format(**result)
             log(f"λ = {kl_weight:g}: -ELBO {result['neg_elbo']['test']:.2f} nats, {scores}")
 
+    for line in warnings_at_end:
+        log(line)
     log(f"wrote     {config.out}/lambda-{', lambda-'.join(metrics)}")
     words = ["--lambda", f"{kl_weights[-1]:g}", "--out", str(config.out), "--sample", "100"]
     log(f"next      {shlex.join(['python', sys.argv[0], *words])}")
@@ -812,8 +1025,11 @@ def sample_finished(config: Config) -> dict:
 
 def evaluate_file(config: Config) -> dict:
     """Score the finished model on a file; leave reconstructions.npz and a picture."""
-    model, _ = load_finished(config.folder, pick_device(config.device))
-    images, _ = load_images(config.evaluate)
+    model, settings = load_finished(config.folder, pick_device(config.device))
+    path = find_data(config.evaluate)
+    images, _ = load_images(path, settings.get("fit", "squeeze"))  # as in training
+    for line in describe_blank(images, path):
+        log(line)
     metrics, per_image = evaluate(model, images, config, refine=True)
     metrics["images"] = len(images)
     reconstruction = per_image["reconstructed"]
@@ -1085,7 +1301,7 @@ def parse_args(argv: list[str] | None) -> tuple[Config, list[float]]:
     parser.set_defaults(**asdict(Config()))
 
     add = parser.add_argument_group("run").add_argument
-    add("--data", type=Path, help="npz file of images [data/TibetanMNIST.npz, else the sample]")
+    add("--data", type=Path, help="npz, zip or folder [data/TibetanMNIST.npz, else the sample]")
     add("--out", type=Path, help="folder for the results [%(default)s]")
     add("--resume", action="store_true", help="continue the interrupted run in --out")
     add("--evaluate", type=Path, metavar="DATA", help="score the finished model on other images")
@@ -1093,6 +1309,8 @@ def parse_args(argv: list[str] | None) -> tuple[Config, list[float]]:
     add("--seed", type=natural, help="of split, weights, batches and noise [%(default)s]")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="[%(default)s]")
     add("--limit", type=positive, metavar="N", help="use N random images, for a first look [all]")
+    fit = "make pictures square by squeezing them, or by cropping their middle [%(default)s]"
+    add("--fit", choices=("squeeze", "crop"), help=fit)
 
     add = parser.add_argument_group("model and objective").add_argument
     add(

@@ -332,7 +332,7 @@ def load_split(
     Raises the script's UserError if they are not the images that the run was trained on, since
     its test images would be others.
     """
-    images, sha256 = script.load_images(data)
+    images, sha256 = script.load_images(data, config.fit)
     if config.data_sha256 not in ("", sha256):
         raise script.UserError(f"{data}: not the file that the run was trained on. Give that one")
     return script.split_images(images, config)

@@ -242,32 +242,47 @@ class ImageRuns:
     """
 
     script: ModuleType
-    mode: str  # Pillow's name for the colours
     subject: str
     note = ""  # on the page
 
     def __init__(self, out: Path):
         self.out = out
-        names = [folder.name.removeprefix("lambda-") for folder in finished_runs(out)]
-        self.kl_weights = sorted(names, key=float)
-        self.start = "1" if "1" in names else self.kl_weights[0]  # shown first
-
         self.models = {}
         self.directions = {}
-        for kl_weight in self.kl_weights:
-            model, _ = self.script.load_finished(self.folder(kl_weight), torch.device("cpu"))
+        self.fits = {}  # how each run made pictures square
+        not_shown = []
+        for folder in sorted(finished_runs(out)):
+            try:
+                model, settings = self.script.load_finished(folder, torch.device("cpu"))
+            except self.script.UserError as error:
+                not_shown.append(f"{error}.")
+                continue
+            kl_weight = f"{settings['kl_weight']:g}"
+            if folder != self.folder(kl_weight):
+                not_shown.append(f"{folder}: not shown; lambda-{kl_weight} is the run's own name.")
+                continue
             self.models[kl_weight] = model
             self.directions[kl_weight] = principal_directions(model)
+            self.fits[kl_weight] = settings.get("fit", "squeeze")
 
+        if not self.models:
+            raise UserError(" ".join(not_shown))
+        self.note = " ".join([self.note, *not_shown])
+        self.kl_weights = sorted(self.models, key=float)
+        self.start = "1" if "1" in self.models else self.kl_weights[0]  # shown first
         self.temperature = self.script.Config().temperature
         self.examples = self.save_examples()
 
     def save_examples(self) -> list[str]:
         """Save the first images of the run's data, or of the script's if that has moved away."""
-        config = json.loads((self.folder(self.start) / "config.json").read_text())
-        data = config["settings"]["data"]
+        try:
+            config = json.loads((self.folder(self.start) / "config.json").read_text())
+            data = config["settings"]["data"]
+        except (OSError, ValueError, LookupError, TypeError):  # missing, or not as we wrote it
+            data = None
         given = Path(data) if data and Path(data).exists() else None
-        images, _ = self.script.load_images(self.script.find_data(given))
+        path = self.script.find_data(given)
+        images, _ = self.script.load_images(path, self.fits[self.start])
 
         folder = Path(tempfile.mkdtemp())
         paths = []
@@ -287,18 +302,22 @@ class ImageRuns:
         size = (factor * tiled.width, factor * tiled.height)
         return tiled.resize(size, Image.Resampling.NEAREST)
 
-    def read_image(self, path: str | None) -> Tensor:
-        """Read a visitor's picture as pixels x, (1, C, H, W). Raises gr.Error if it cannot."""
+    def read_image(self, kl_weight: str, path: str | None) -> Tensor:
+        """Read a visitor's picture as the run's script does: pixels x, (1, C, H, W).
+
+        Raises gr.Error if it cannot.
+        """
         if not path:  # removed; the visitor is about to choose another one
             raise page_error("Choose a picture.", visible=False)
 
         size = self.script.SIZE
         try:
-            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-                small = np.array(image.convert(self.mode).resize((size, size)))
-        except vae_anime.READ_ERRORS:
-            raise page_error("Choose a picture that can be read.") from None
+            picture = self.script.decode_picture(Path(path).read_bytes())
+        except self.script.READ_ERRORS as error:
+            reason = self.script.reason(error)
+            raise page_error(f"Choose a picture that can be read; this one is: {reason}.") from None
 
+        small = np.array(self.script.fit_picture(picture, self.fits[kl_weight]))
         pixels = torch.from_numpy(small).view(1, size, size, -1).permute(0, 3, 1, 2)
         return self.script.to_pixels(pixels)
 
@@ -334,7 +353,6 @@ class ImageRuns:
 
 class DigitRuns(ImageRuns):
     script = vae_mnist
-    mode = "L"
     subject = "handwritten digits"
 
     def posterior(self, kl_weight: str, x: Tensor) -> Independent:
@@ -362,13 +380,12 @@ class DigitRuns(ImageRuns):
         _, q_first = find_posterior(self, kl_weight, first)
         _, q_last = find_posterior(self, kl_weight, last)
         mu = torch.cat([q_first.mean, q_last.mean])
-        images = vae_mnist.interpolate(self.models[kl_weight], mu, torch.tensor([share]))
+        images = vae_mnist.interpolate(self.models[kl_weight], mu, torch.tensor([float(share)]))
         return self.picture(images, columns=1)
 
 
 class FaceRuns(ImageRuns):
     script = vae_anime
-    mode = "RGB"
     subject = "anime faces, with hierarchical latents"
     note = (
         "The sliders change z, and with it colours, light and pose; a face keeps its detail. "
@@ -400,7 +417,7 @@ class FaceRuns(ImageRuns):
         x_first, _ = find_posterior(self, kl_weight, first)
         x_last, _ = find_posterior(self, kl_weight, last)
         pair = vae_anime.to_uint8(torch.cat([x_first, x_last]))
-        image = vae_anime.interpolate(self.models[kl_weight], pair, torch.tensor([share]))
+        image = vae_anime.interpolate(self.models[kl_weight], pair, torch.tensor([float(share)]))
         return self.picture(image, columns=1)
 
 
@@ -408,7 +425,7 @@ class FaceRuns(ImageRuns):
 @torch.no_grad()
 def find_posterior(runs: ImageRuns, kl_weight: str, path: str | None) -> tuple[Tensor, Independent]:
     """Return a picture's pixels x, (1, C, H, W), and q(z|x)."""
-    x = runs.read_image(path)
+    x = runs.read_image(kl_weight, path)
     return x, runs.posterior(kl_weight, x)
 
 
@@ -593,22 +610,34 @@ TABS = {
 
 
 def build_page(runs: Path) -> gr.Blocks:
-    """Return the page. Where a run is missing, its tab shows the command that makes it."""
-    finished = [title for title, tab in TABS.items() if finished_runs(runs / tab.run)]
+    """Return the page.
+
+    Where a run is missing, its tab shows the command that makes it, and where a run cannot be
+    read, why.
+    """
+    finished = {}
+    unread = {}
+    for title, tab in TABS.items():
+        if finished_runs(runs / tab.run):
+            try:
+                finished[title] = tab.read(runs / tab.run)
+            except USER_ERRORS as error:
+                unread[title] = f"This run cannot be shown. {error}."
+        else:
+            unread[title] = (
+                f"No finished run in `{runs / tab.run}`. Train one with "
+                f"`python {QUICK[tab.run].script}`, or all with `python demo/app.py --quick`."
+            )
 
     with gr.Blocks(title="Transformer and VAE") as page:
         gr.Markdown("# Transformer and VAE in plain PyTorch: explore the finished runs")
-        with gr.Tabs(selected=finished[0] if finished else None):
+        with gr.Tabs(selected=next(iter(finished), None)):
             for title, tab in TABS.items():
                 with gr.Tab(title, id=title):
                     if title in finished:
-                        tab.lay_out(tab.read(runs / tab.run))
+                        tab.lay_out(finished[title])
                     else:
-                        script = QUICK[tab.run].script
-                        gr.Markdown(
-                            f"No finished run in `{runs / tab.run}`. Train one with "
-                            f"`python {script}`, or all with `python demo/app.py --quick`."
-                        )
+                        gr.Markdown(unread[title])
     return page
 
 

@@ -440,7 +440,7 @@ def measure_one_vae(script: ModuleType, run: Path) -> None:
     """Write measured.json and aggregate-posterior.png of one λ, on its test images."""
     config = read_config(script.Config, run)
     model, settings = script.load_finished(run, torch.device("cpu"))
-    images, sha256 = script.load_images(script.find_data(config.data))
+    images, sha256 = script.load_images(script.find_data(config.data), config.fit)
     if sha256 != settings["data_sha256"]:
         raise t.UserError(f"{run}: trained on another file. Run it again, or move it away")
     test = script.split_images(images, config)["test"]

@@ -365,15 +365,40 @@ def test_repeated_and_out_of_order_lines_are_reported(here, capsys):
     assert "2 lines left out, repeated or without -ing third" in capsys.readouterr().out
 
 
+COURSE_VERBS = """abandon abandons abandoning abandoned
+abet abets abetting abetted\nbegin begins beginning began\nexpend expends expending expended
+send sends sending sent\nsplit splits splitting split\nflare flares flaring flared
+function functions functioning functioned\nheal heals healing healed"""
+
+
 def test_the_courses_ten_pairs_have_the_tenses_of_its_readme(here):
     pairs = """abandon abandoned\nabet abetting\nbegin begins\nexpend expends\nsent sends
         split splitting\nflared flare\nfunctioning function
         functioning functioned\nhealing heals"""
+    Path("verbs/train.txt").write_text(COURSE_VERBS)
     Path("verbs/test.txt").write_text(pairs)
-    tests = cvae.read_test(Path("verbs/test.txt"))
-    assert tests[0] == ("abandon", "abandoned", 0, 3)
-    assert tests[4] == ("sent", "sends", 3, 1)
-    assert tests[9] == ("healing", "heals", 2, 1)
+    tests = cvae.read_verbs(Path("verbs"), cvae.Config()).tests
+    assert [test[2:] for test in tests] == [
+        *[(0, 3), (0, 2), (0, 1), (0, 1), (3, 1)],
+        *[(0, 2), (3, 0), (2, 0), (2, 3), (2, 1)],
+    ]
+
+
+def test_pairs_without_tenses_have_those_of_the_training_file(here, capsys):
+    """Of forms that are spelled alike the first one counts, and never the same tense twice."""
+    Path("verbs/train.txt").write_text("go goes going went\nput puts putting put\n" + COURSE_VERBS)
+    Path("verbs/test.txt").write_text("went goes\nput put\nputting put\nsend sent p->p\n")
+    tests = cvae.read_verbs(Path("verbs"), cvae.Config()).tests
+    assert [test[2:] for test in tests] == [(3, 1), (0, 3), (2, 0), (3, 3)]
+    assert "tenses    of 3 test pairs are looked up in train.txt" in capsys.readouterr().out
+
+
+def test_a_bom_is_no_letter(here):
+    expected = cvae.read_verbs(Path("verbs"), cvae.Config())
+    for name in ("train.txt", "test.txt"):
+        path = Path("verbs", name)
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert cvae.read_verbs(Path("verbs"), cvae.Config()) == expected
 
 
 # Runs ---------------------------------------------------------------------------------------------
@@ -569,8 +594,8 @@ BAD = [
     (TRAIN, None, [], "No such file"),
     (TEST, None, [], "No such file"),
     (TEST, "", [], "is empty"),
-    (TEST, "go went\n", [], "1 pairs without tenses"),
-    (TEST, "go went sp->p\nsee saw\n", [], "1 pairs without tenses, such as see saw"),
+    (TEST, "walk went\n", [], "walk went has no tenses, and no verb of train.txt has these two"),
+    (TEST, "go went sp->p\nqu quo\n", [], "qu quo has no tenses"),
     (TEST, "go went sp->past\n", [], "line 1, 'go went sp->past', is not two words"),
     (TEST, "go went p\n", [], "line 1, 'go went p', is not"),
     (TEST, "go\n", [], "line 1, 'go', is not"),

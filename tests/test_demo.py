@@ -308,14 +308,76 @@ def test_a_port_that_cannot_be_is_one_line(tmp_path, capsys):
     assert "give a number from 1 to 65535" in line
 
 
+def texts_of(folder) -> str:
+    """What the page's parts say in text."""
+    parts = app.build_page(folder).get_config_file()["components"]
+    return " ".join(str(part["props"].get("value", "")) for part in parts)
+
+
 @pytest.mark.parametrize("run", ["transformer", "vae_mnist/lambda-50", "cvae"])
-def test_a_damaged_run_is_one_line(run, tmp_path, capsys):
+def test_a_damaged_run_costs_its_tab(run, tmp_path):
     folder = tmp_path / run
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text("{}")
     (folder / "checkpoint.pt").write_bytes(b"no checkpoint")
-    line = the_line(["--runs", str(tmp_path)], capsys)
-    assert str(folder / "checkpoint.pt") in line
+    texts = texts_of(tmp_path)
+    assert f"This run cannot be shown. {folder / 'checkpoint.pt'}: damaged" in texts
+    assert texts.count("No finished run in") == 3
+
+
+@pytest.fixture
+def own_runs(runs, tmp_path):
+    """A copy of the finished run of digits, to change."""
+    shutil.copytree(runs / "vae_mnist" / "lambda-1", tmp_path / "vae_mnist" / "lambda-1")
+    return tmp_path
+
+
+def test_a_run_beside_others_that_are_not_as_they_should_be(own_runs):
+    out = own_runs / "vae_mnist"
+    for name in ("lambda-1 copy", "lambda-x", "lambda-5", "lambda-1.previous", "old/lambda-1"):
+        shutil.copytree(out / "lambda-1", out / name)
+    older = torch.load(out / "lambda-5" / "checkpoint.pt", weights_only=True)
+    torch.save(older | {"version": "vae_mnist 1"}, out / "lambda-5" / "checkpoint.pt")
+
+    assert app.DigitRuns(out).kl_weights == ["1"]
+    texts = texts_of(own_runs)
+    assert f"{out / 'lambda-1 copy'}: not shown; lambda-1 is the run's own name" in texts
+    assert f"{out / 'lambda-5' / 'checkpoint.pt'}: not a checkpoint of vae_mnist" in texts
+
+
+@pytest.mark.parametrize("config", [None, "", "[]", '{"settings": {}}'])
+def test_a_run_without_its_config_shows_the_scripts_own_images(own_runs, config):
+    path = own_runs / "vae_mnist" / "lambda-1" / "config.json"
+    path.unlink()
+    if config is not None:
+        path.write_text(config)
+    assert len(app.DigitRuns(own_runs / "vae_mnist").examples) == app.EXAMPLE_IMAGES
+
+
+def picture_of_a_phone(folder) -> Path:
+    """A picture that is stored on its side, half transparent, in a file without an ending."""
+    values = np.random.default_rng(0).integers(0, 256, (90, 120, 4), dtype=np.uint8)
+    exif = app.Image.Exif()
+    exif[0x0112] = 6
+    path = folder / "picture"
+    app.Image.fromarray(values).save(path, format="PNG", exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("fit", ["squeeze", "crop"])
+@pytest.mark.parametrize("name", ["vae_mnist", "vae_anime"])
+def test_a_visitors_picture_is_read_as_the_script_reads_it(runs, tmp_path, name, fit):
+    folder = tmp_path / name / "lambda-1"
+    shutil.copytree(runs / name / "lambda-1", folder)
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    checkpoint["settings"]["fit"] = fit
+    torch.save(checkpoint, folder / "checkpoint.pt")
+
+    tab = {"vae_mnist": app.DigitRuns, "vae_anime": app.FaceRuns}[name](tmp_path / name)
+    (tmp_path / "pictures").mkdir()
+    path = picture_of_a_phone(tmp_path / "pictures")
+    images, _ = tab.script.load_images(tmp_path / "pictures", fit)
+    assert torch.equal(tab.read_image("1", str(path)), tab.script.to_pixels(images))
 
 
 def test_a_quick_run_that_fails_is_one_line(tmp_path, capsys, monkeypatch):

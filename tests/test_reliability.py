@@ -380,7 +380,7 @@ def test_faces_that_cannot_be_read_half_way(capsys):
         Path("faces", f"{number}.jpg").symlink_to(UNREADABLE)
     images, _ = vae_anime.load_images(Path("faces"))
     assert len(images) == 1
-    assert "3 images cannot be read, such as 'faces/1.jpg'" in capsys.readouterr().out
+    assert "3 of 4 files cannot be read, such as 'faces/1.jpg'" in capsys.readouterr().out
 
 
 @each_script
@@ -559,7 +559,7 @@ def save_first_gradients(script, words: list[str], name: str) -> None:
         if script is transformer:
             patch.setattr(transformer.Dropout, "forward", lambda self, x: x)
         else:
-            patch.setattr(script, "reparameterize", lambda q, generator: q.mean)
+            patch.setattr(script, "reparameterize", lambda q, *_: q.mean)
         script.main(words)
 
 

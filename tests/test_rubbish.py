@@ -5,6 +5,7 @@ files a reader; `pytest tests/test_rubbish.py --hypothesis-profile long` tries 1
 """
 
 import contextlib
+import gzip
 import io
 import os
 import re
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
+from PIL import Image
 from torch import Generator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,16 +138,29 @@ CSV_WORDS = [
     b"9" * 400,
     b"&lt;",
     b"#39;",
+    b";",
+    b"\t",
+    b"\xff\xfe",
+    b",,,\n",
+    b"1",
+    b"ArticleId",
 ]
 
 
-@given(st.sampled_from(["train.csv", "test.csv"]), edits_with(CSV_WORDS))
-@example("train.csv", NO_EDIT)
-def test_csv(name, edits):
+@given(
+    st.sampled_from(["train.csv", "test.csv", "sample.csv"]), st.booleans(), edits_with(CSV_WORDS)
+)
+@example("train.csv", True, NO_EDIT)
+@example("sample.csv", False, NO_EDIT)
+def test_csv(name, has_header, edits):
+    """One of the files is damaged; without headers the columns are guessed."""
     Path("news").mkdir(exist_ok=True)
-    for file in ("train.csv", "test.csv"):
-        lines = (SAMPLE / file).read_bytes().splitlines(keepends=True)
-        content = b"".join(lines[:40])
+    for file in ("train.csv", "test.csv", "sample.csv"):
+        if file == "sample.csv":
+            lines = [b"Id,Prediction\n", *(b"%d,1\n" % i for i in range(321, 360))]
+        else:
+            lines = (SAMPLE / file).read_bytes().splitlines(keepends=True)
+        content = b"".join(lines[:40] if has_header else lines[1:40])
         Path("news", file).write_bytes(damage(content, edits) if file == name else content)
     config = transformer.Config(folds=2)
 
@@ -183,14 +198,25 @@ VECTOR_WORDS = [
     b"30 5\n",
     b"1.5",
     b"\xc2\xa0",
+    b"\xef\xbb\xbf",
+    b"\x1f\x8b",
+    b"PK",
+    b"\t",
 ]
 
 
-@given(edits_with(VECTOR_WORDS))
-@example(NO_EDIT)
-def test_vectors(edits):
+@given(st.sampled_from(["text", "inside gzip", "gzip"]), edits_with(VECTOR_WORDS))
+@example("text", NO_EDIT)
+@example("gzip", NO_EDIT)
+def test_vectors(part, edits):
+    """The file is damaged, or what gzip compressed, or the compressed bytes."""
     path = Path("some.vec")
-    path.write_bytes(damage(VECTORS, edits))
+    if part == "gzip":
+        path.write_bytes(damage(gzip.compress(VECTORS), edits))
+    elif part == "inside gzip":
+        path.write_bytes(gzip.compress(damage(VECTORS, edits)))
+    else:
+        path.write_bytes(damage(VECTORS, edits))
     words = {f"word{i}" for i in range(30)}
     vectors = outcome(transformer.read_vectors, path, words)
     if vectors is None:
@@ -266,7 +292,23 @@ def read_members(path: Path, count: int) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()[:count]}
 
 
+def digit(kind: str) -> bytes:
+    """A picture of half a page, black and white and transparent, in a file format."""
+    content = io.BytesIO()
+    picture = Image.fromarray(np.eye(40, 30, dtype=np.uint8) * 255)
+    if kind == "TIFF":
+        picture = Image.fromarray(np.eye(40, 30, dtype=np.uint16) * 60_000)
+    elif kind in ("PNG", "WEBP", "GIF"):
+        picture = picture.convert("RGBA")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"exif": exif} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {}
+    picture.save(content, format=kind, **options)
+    return content.getvalue()
+
+
 FACES = read_members(SAMPLE / "anime-faces.zip", 4)
+DIGITS = {kind: digit(kind) for kind in vae_mnist.FORMATS}
 IMAGE_WORDS = [
     b"IHDR",
     b"IDAT",
@@ -303,6 +345,26 @@ def test_zip(part, edits):
         assert images.shape[1:] == (3, 64, 64)
 
 
+@given(
+    st.sampled_from(vae_mnist.FORMATS),
+    st.sampled_from(["squeeze", "crop"]),
+    edits_with(IMAGE_WORDS + [b"II*\0", b"MM\0*", b"Exif\0\0", b"P5", b"65535", b"RIFF", b"VP8X"]),
+)
+@example("TIFF", "squeeze", NO_EDIT)
+def test_pictures_of_all_formats(kind, fit, edits):
+    """One picture is damaged, in a folder of one of each format."""
+    Path("pictures").mkdir(exist_ok=True)
+    for name, content in DIGITS.items():
+        if name == kind:
+            content = damage(content, edits)
+        Path("pictures", name).write_bytes(content)
+
+    images, _ = outcome(vae_mnist.load_images, Path("pictures"), fit)
+    assert len(images) >= len(DIGITS) - 1
+    if edits == NO_EDIT:
+        assert len(images) == len(DIGITS)
+
+
 # Verbs --------------------------------------------------------------------------------------------
 VERB_WORDS = [
     b" ",
@@ -317,6 +379,8 @@ VERB_WORDS = [
     b"sp->p",
     b"->",
     b"pg",
+    b" sp->tp",
+    b"\xef\xbb\xbf",
 ]
 
 
@@ -325,7 +389,7 @@ VERB_WORDS = [
 def test_verbs(name, edits):
     Path("verbs").mkdir(exist_ok=True)
     for file in ("train.txt", "test.txt"):
-        content = (SAMPLE / file).read_bytes()
+        content = (SAMPLE / file).read_bytes().replace(b" sp->p\n", b"\n")  # to be looked up
         Path("verbs", file).write_bytes(damage(content, edits) if file == name else content)
     config = cvae.Config(holdout=5)
 

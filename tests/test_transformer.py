@@ -1,6 +1,7 @@
 """transformer.py: its mathematics against independent references, its runs, bad input's lines."""
 
 import csv
+import gzip
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn as nn
@@ -422,7 +424,7 @@ def test_out_of_fold_means_not_trained_on(here):
     for row in rows[1:]:
         row[1] = str(torch.randint(4, (1,), generator=generator).item())
     write_rows("data/train.csv", rows)
-    metrics = run("--epochs", "30", "--lr", "1e-2", "--limit", "100", *NO_DROPOUT)
+    metrics = run("--epochs", "50", "--lr", "1e-2", "--limit", "100", *NO_DROPOUT)
     last = rows_of(OUT / "history.csv")[-1]
     assert float(last[2]) < 0.3
     assert metrics["oof_accuracy"] < 0.45
@@ -768,6 +770,312 @@ def test_dollars_are_no_formulas(here):
     assert (OUT / "learning-curve.png").stat().st_size > 10_000
 
 
+# Other people's files ----------------------------------------------------------------------------
+TITLES = {"sport": "The striker scored a late goal", "money": "Oil prices and shares fell"}
+LABELS = ["sport", "money"] * 12
+TEXTS = [f"{TITLES[label]}, story {i}" for i, label in enumerate(LABELS)]
+
+
+def save(name, rows, separator=",", encoding="utf-8"):
+    """Write a file into data/; text stays as it is, rows are written with their separator."""
+    if not isinstance(rows, str):
+        rows = "".join(separator.join(map(str, row)) + "\n" for row in rows)
+    Path("data", name).write_bytes(rows.encode(encoding))
+
+
+def save_pair(separator=",", encoding="utf-8"):
+    """A train.csv of 24 rows whose texts have no comma, and a test.csv of three, ids from 7."""
+    texts = [text.replace(",", "") for text in TEXTS]
+    train = [[i, label, text] for i, (label, text) in enumerate(zip(LABELS, texts, strict=True))]
+    save("train.csv", [["Id", "Category", "Title"], *train], separator, encoding)
+    test = [[7, texts[1]], [9, texts[0]], [8, texts[3]]]
+    save("test.csv", [["Id", "Title"], *test], separator, encoding)
+    return texts
+
+
+def labelled_texts():
+    return zip(LABELS, save_pair(), strict=True)
+
+
+def load(**settings):
+    return t.load_news(Path("data"), t.Config(folds=2, **settings))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ArticleId", "text_id", "IdCustomer", "PhraseId", "textID", "ID", "Row Id", "articleid", ""],
+)
+def test_ids_are_found_by_a_word_of_their_name(here, name):
+    save("train.csv", [[name, "Text", "Label"], *zip(range(50, 74), TEXTS, LABELS, strict=True)])
+    save("test.csv", [[name, "Text"], [31, TEXTS[0]], [30, TEXTS[1]]])
+    save("train.csv", Path("data/train.csv").read_text().replace(", story", " story"))
+    save("test.csv", Path("data/test.csv").read_text().replace(", story", " story"))
+    news = load()
+    assert news.columns.texts == ["Text"]
+    assert news.train.ids == [str(number) for number in range(50, 74)]
+    assert news.test.ids == ["31", "30"]
+    assert news.header == [name or "Id", "Label"]
+
+
+@pytest.mark.parametrize("name", ["covid", "idea", "Said", "bid", "android"])
+def test_id_inside_a_word_is_no_id(here, name):
+    assert not t.has_id_word(name)
+
+
+@pytest.mark.parametrize("name, flag", [("id", None), ("row", "row"), ("text_id", None)])
+def test_ids_may_stand_in_the_test_file_alone(here, name, flag):
+    save("train.csv", [["body", "label"], *zip(save_pair(), LABELS, strict=True)])
+    save("test.csv", [[name, "body"], ["a0", "A late goal"], ["a7", "Oil fell"]])
+    run("--limit", "24", *(["--id-column", flag] if flag else []))
+    header, *rows = rows_of("submission.csv")
+    assert header == [name, "label"]
+    assert [row[0] for row in rows] == ["a0", "a7"]
+
+
+def test_of_two_columns_of_ids_the_unique_one_is_taken_and_none_is_read(here, capsys):
+    train = [[i // 4, i + 5, text, label] for i, (label, text) in enumerate(labelled_texts())]
+    save("train.csv", [["SentenceId", "PhraseId", "Phrase", "Label"], *train])
+    save("test.csv", [["SentenceId", "PhraseId", "Phrase"], [1, 90, "A goal"], [2, 80, "Oil"]])
+    news = load()
+    assert news.test.ids == ["90", "80"]
+    assert news.columns.texts == ["Phrase"]
+    assert "column SentenceId holds ids and is not read as text" in capsys.readouterr().out
+
+
+def test_ids_made_up_are_a_warning_at_the_end_too(here, capsys):
+    save("train.csv", [["label", "text"], *zip(LABELS, save_pair(), strict=True)])
+    save("test.csv", [["text"], ["A goal"], ["Oil"]])
+    run("--limit", "24")
+    assert [row[0] for row in rows_of("submission.csv")] == ["Id", "1", "2"]
+    start, end = capsys.readouterr().out.split("model 2")
+    for part in (start, end):
+        assert "warning   test.csv has no ids; its rows are counted from 1." in part
+
+
+@pytest.mark.parametrize(
+    "name, content, header",
+    [
+        ("sample_submission.csv", "Id,Prediction\n1,sport\n", ["Id", "Prediction"]),
+        ("SampleSubmission.csv", "rowId,Answer\n9,a\n8,a\n7,a\n", ["rowId", "Answer"]),
+        ("sample.csv", "Other,Prediction\n1,sport\n", ["Id", "Category"]),
+        ("sample.csv", "Id,Prediction,More\n7,a,b\n", ["Id", "Category"]),
+        ("sample.csv", 'Id,"Prediction\n', ["Id", "Category"]),
+    ],
+)
+def test_the_header_of_a_sample_submission_is_used(here, name, content, header):
+    save_pair()
+    save(name, content)
+    run("--limit", "24")
+    assert rows_of("submission.csv")[0] == header
+    assert [row[0] for row in rows_of("submission.csv")[1:]] == ["7", "9", "8"]
+
+
+def test_a_sample_submission_has_the_ids_that_the_test_file_lacks(here):
+    save_pair()
+    save("test.csv", [["Title"], ["A goal"], ["Oil"]])
+    save("sample_submission.csv", "id,answer\n0,x\n1,x\n")
+    news = load()
+    assert news.header == ["id", "answer"]
+    assert news.test.ids == ["0", "1"]
+
+
+def test_label_name_is_the_header_of_the_labels(here):
+    save_pair()
+    run("--limit", "24", "--label-name", "Prediction")
+    assert rows_of("submission.csv")[0] == ["Id", "Prediction"]
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_other_separators_are_read_and_named(here, capsys, separator):
+    save_pair()
+    expected = load()
+    save_pair(separator)
+    for name in ("train.csv", "test.csv"):
+        save(name, Path("data", name).read_text().replace(" scored", ", scored"))
+    news = load()
+    assert f"train.csv: the separator is {separator!r}" in capsys.readouterr().out
+    assert news.test.ids == expected.test.ids
+    assert torch.equal(news.labels, expected.labels)
+    assert news.train.texts[0] == (expected.train.texts[0][0].replace(" scored", ", scored"),)
+
+
+def test_a_test_file_of_one_column_has_the_training_files_separator(here):
+    save("train.csv", [["label", "text"], *labelled_texts()], "\t")
+    save("test.csv", "text\nA goal, late\nOil; shares, too, fell\n")
+    assert load().test.texts == [("A goal, late",), ("Oil; shares, too, fell",)]
+
+
+def test_a_header_is_one_though_a_row_says_the_same(here):
+    save_pair()
+    save("test.csv", "Title\nTitle\nOil fell\n")
+    assert load().test.texts == [("Title",), ("Oil fell",)]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_what_excel_saves_is_read(here, capsys, encoding):
+    save_pair("\t")
+    text = Path("data/train.csv").read_text().replace("striker", "Café’s striker")
+    save("train.csv", text, encoding=encoding)
+    assert load().train.texts[0][0].startswith("The Café’s striker")
+    assert ("read as cp1252" in capsys.readouterr().out) == (encoding == "cp1252")
+
+
+def test_quotes_are_read_as_by_pandas(here):
+    save_pair()
+    text = 'Id,Category,Title\n0,sport,"Quoted" word, then "more\n'.replace(", then", " then")
+    rows = Path("data/train.csv").read_text().split("\n", 1)[1]
+    save("train.csv", text + rows.replace("0,", "99,", 1))
+    expected = pd.read_csv("data/train.csv", dtype=str)
+    assert load().train.texts[0] == ('Quoted word then "more',)
+    assert [text for (text,) in load().train.texts] == expected.Title.tolist()
+
+
+def test_fields_have_any_length(here):
+    texts = save_pair()
+    long = "goal " * 40_000
+    with open("data/train.csv", "a") as file:
+        file.write(f"99,sport,{long}\n")
+    news = load()
+    assert news.train.texts == [*((text,) for text in texts), (long.strip(),)]
+
+
+def test_empty_columns_and_rows_are_left_out_and_counted(here, capsys):
+    """As Excel leaves them; rows may also lack a comma or have one more."""
+    texts = save_pair()
+    rows = [[label, text, "", ""] for label, text in zip(LABELS, texts, strict=True)]
+    rows[5:5] = [["", " ", "", ""]] * 2
+    save("train.csv", [[""] * 4, ["label", "text", "", ""], *rows, [""] * 9])
+    save("test.csv", [["id", "text"], [4, "A goal"], ["", ""], [2, "Oil", "", ""], ["", ""]])
+    news = load()
+    out = capsys.readouterr().out
+    assert news.train.texts == [(text,) for text in texts]
+    assert news.test == (["4", "2"], [("A goal",), ("Oil",)])
+    assert "train.csv: 2 empty columns without a name left out" in out
+    assert "train.csv: 3 blank rows left out" in out
+    assert "test.csv: 2 blank rows left out" in out
+
+
+def test_columns_without_a_name_are_left_out_with_their_rows_counted(here, capsys):
+    """As in spam.csv, where unnamed columns hold the ends of a few texts."""
+    rows = [["label", "text", "", ""]]
+    for label, text in zip(LABELS, save_pair(), strict=True):
+        rows.append([label, text, "more" if len(rows) < 4 else "", ""])
+    save("train.csv", rows)
+    save("test.csv", [["text"], ["A goal"]])
+    assert load().columns.texts == ["text"]
+    assert "column Unnamed: 2 has no name and 3 filled rows" in capsys.readouterr().out
+
+
+def test_leading_blank_lines_are_skipped(here):
+    save_pair()
+    expected = load()
+    for name in ("train.csv", "test.csv"):
+        save(name, "\n \n\n" + Path("data", name).read_text())
+    news = load()
+    assert news.train == expected.train
+    assert news.test == expected.test
+
+
+def test_ids_that_are_counted_keep_their_place(here):
+    """A blank row between others of a file without ids has its number, though it is left out."""
+    save(
+        "train.csv",
+        [["label", "a", "b"], *((label, text, "x") for label, text in labelled_texts())],
+    )
+    save("test.csv", [["a", "b"], ["A goal", "x"], ["", ""], ["Oil", "y"]])
+    assert load().test.ids == ["1", "3"]
+
+
+NO_HEADER = {
+    "class, title, text": (lambda i: [i % 2 + 1, f"title {i}", f"text {i}"], 0),
+    "id, label, text": (lambda i: [i + 40, LABELS[i], f"text {i}"], 1),
+    "label, text": (lambda i: [LABELS[i], f"text {i}"], 0),
+    "text, label": (lambda i: [f"text {i}", LABELS[i]], 1),
+}
+
+
+@pytest.mark.parametrize("kind", NO_HEADER)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_files_without_header_are_read_alike(here, capsys, kind, labelled):
+    """A test file has the training file's columns, or all but the label."""
+    make, place = NO_HEADER[kind]
+    rows = [make(i) for i in range(24)]
+    save("train.csv", rows)
+    tests = rows[3:6] if labelled else [row[:place] + row[place + 1 :] for row in rows[3:6]]
+    save("test.csv", tests)
+    news = load()
+    assert news.columns.label == str(place + 1)
+    assert f"no header; column {place + 1} has the fewest values" in capsys.readouterr().out
+    assert len(news.labels) == 24
+    assert news.test.texts == news.train.texts[3:6]
+    assert news.test.texts[0][-1] == "text 3"
+    assert news.test.ids == (["43", "44", "45"] if kind[0] == "i" else ["1", "2", "3"])
+    assert news.header == ["Id", str(place + 1)]
+
+
+def test_a_column_that_gives_the_answer_away_is_left_out(here, capsys):
+    numbers = {"sport": 0, "money": 1}
+    rows = [[text, numbers[label], label] for label, text in labelled_texts()]
+    save("train.csv", [["text", "label", "label_text"], *rows])
+    save("test.csv", [["text"], ["A goal"]])
+    run("--limit", "24")
+    start, end = capsys.readouterr().out.split("model 2")
+    for part in (start, end):
+        assert "warning   column label_text gives the answer away" in part
+    assert read_checkpoint()["vocabulary"]["columns"] == 1
+    with pytest.raises(t.UserError, match=r"test.csv: no label_text column"):
+        load(text_columns=["text", "label_text"])
+
+
+@pytest.mark.parametrize("copies", [1, 2, 4])
+def test_texts_that_are_there_twice_give_nothing_away(here, copies):
+    rows = [[f"{label} {i}", text, label] for i, (label, text) in enumerate(labelled_texts())]
+    save("train.csv", [["title", "text", "label"], *(rows * copies)])
+    save("test.csv", [["title", "text"], ["A goal", "late"]])
+    assert load().columns.texts == ["title", "text"]
+
+
+def test_the_limit_is_drawn_by_class(here):
+    rows = [[i, "rare" if i % 50 == 7 else f"class {i % 3}", f"text {i}"] for i in range(300)]
+    save("train.csv", [["Id", "Label", "Text"], *rows])
+    save("test.csv", [["Id", "Text"], [0, "text"]])
+    whole = load()
+    news = load(limit=60)
+    counts = torch.bincount(news.labels).tolist()
+    assert news.classes == ["rare", "class 0", "class 1", "class 2"]
+    assert counts[0] == 2  # a row for each fold
+    assert min(counts[1:]) >= 18
+    assert news.train.ids == sorted(news.train.ids, key=int)
+    assert load(limit=300).train == whole.train
+    assert load(limit=60, seed=1).train != news.train
+
+
+def test_languages_without_blanks_have_a_token_a_character():
+    tokenize = t.make_tokenizer("basic_english")
+    words = [token.word for token in t.split_text(["球员进球。Oil 100 ราคา 日本の"], tokenize)]
+    assert words == [*"球员进球", "。oil", "100", *"ราคา", *"日本の"]
+
+
+def test_chinese_texts_are_learned(here):
+    words = {"体育": "球员教练比赛进球", "财经": "股票市场银行油价"}
+    train = [[i, name, text[i % 5 : i % 5 + 4]] for i in range(30) for name, text in words.items()]
+    save("train.csv", [["Nr", "Category", "Title"], *train])
+    save("test.csv", [["Title"], ["教练比赛"], ["市场银行"]])
+    run("--text-columns", "Title", "--epochs", "8", "--lr", "1e-2")
+    assert [row[1] for row in rows_of("submission.csv")[1:]] == ["体育", "财经"]
+
+
+@pytest.mark.parametrize("name", ["glove.tiny.txt.gz", "tiny.vec.gz", "glove.tiny.txt", "tiny.vec"])
+def test_packed_vectors_beside_the_data_are_used_and_a_bom_is_none_of_the_word(here, name):
+    content = "the 1 2 3 4\nsaid -1e-3 .5 0 1\n".encode("utf-8-sig")
+    Path("data", name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    found = t.find_vectors(None, Path("data"))
+    assert found == Path("data", name)
+    vectors = t.read_vectors(found, {"the", "said"})
+    assert list(vectors) == ["the", "said"]
+    assert vectors["the"] / vectors["said"][3] == pytest.approx([1, 2, 3, 4])
+
+
 # From an empty folder -----------------------------------------------------------------------------
 COMMAND = [sys.executable, "transformer.py"]
 
@@ -843,6 +1151,18 @@ def one_class():
     write_rows("data/train.csv", rows[:1] + [row for row in rows if row[1] == "1"])
 
 
+def few_of_a_class():
+    rows = rows_of("data/train.csv")
+    for row in rows[1:4]:
+        row[1] = "9"
+    write_rows("data/train.csv", rows)
+
+
+def folder_of_that_name():
+    Path("submission.csv").unlink()
+    Path("submission.csv").mkdir()
+
+
 def trained_elsewhere():
     run("--nlayers", "2", "--out", "out")
 
@@ -879,14 +1199,31 @@ BAD = {
     # Files that cannot be read
     "no such folder": (lambda: shutil.rmtree("data"), [], r"data/train.csv: No such file"),
     "no test file": (lambda: Path("data/test.csv").unlink(), [], r"data/test.csv: No such file"),
-    "empty file": (content("train.csv", b""), [], r"train.csv: No columns to parse"),
+    "empty file": (content("train.csv", b""), [], r"train.csv: no rows"),
     "blank file": (content("train.csv", b"\n\n"), [], r"train.csv: "),
     "header only": (content("train.csv", lines(HEADER)), [], r"train.csv: no rows"),
     "test without rows": (content("test.csv", b"Id,Title\n"), [], r"test.csv: no rows"),
-    "ragged rows": (ragged, [], r"Expected 4 fields in line 8, saw 5"),
-    "short rows": (content("train.csv", lines(HEADER, "1,2")), [], r"row 2 has fewer fields"),
-    "not utf-8": (content("train.csv", b"Id,Title\n1,caf\xe9\n"), [], r"decode byte 0xe9"),
-    "open quote": (content("train.csv", lines(HEADER, '1,2,"x')), [], r"unexpected end of data"),
+    "ragged rows": (ragged, [], r"row 8 has 5 fields, the first row 4\."),
+    "short rows": (
+        content("train.csv", lines(HEADER, "1,2")),
+        [],
+        r"row 2 has 2 fields, the first",
+    ),
+    "no encoding": (
+        content("train.csv", b"Id,Title\n1,caf\x81\n"),
+        [],
+        r"decode byte 0x81.*CSV UTF",
+    ),
+    "open quote": (
+        content("train.csv", lines(HEADER, '1,2,"x')),
+        [],
+        r"quote in row 2 is never clo",
+    ),
+    "submission is a folder": (
+        folder_of_that_name,
+        [],
+        r"submission.csv: Is a directory\. Close it",
+    ),
     # Columns, labels and ids
     "column twice": (content("train.csv", lines("Id,Label,Id", "1,a,x")), [], r"a column twice"),
     "no label column": (
@@ -899,11 +1236,31 @@ BAD = {
     "label in one row": (
         cell("Category", "9"),
         ["--limit", "400"],
-        r"Category has classes 1: .*9: [01]\.",
+        r"Category has 5 classes, the smallest 9: 1, .*rows each, or name",
     ),
-    "empty label": (cell("Category", ""), ["--limit", "400"], r"Category has classes 1: .*, : 1"),
-    "one class": (one_class, [], r"Category has classes 1: 60\. Give two"),
-    "small limit": (nothing, ["--limit", "5"], r"Give two or more, 2 rows each"),
+    "empty label": (
+        cell("Category", ""),
+        [],
+        r"Category has 5 classes, the smallest \(empty\): 1,",
+    ),
+    "one class": (one_class, [], r"Category has 1 classes, the smallest 1: 80\. Give two"),
+    "small limit": (nothing, ["--limit", "5"], r"--limit 5: too few .* 4 classes\. Give 8 or more"),
+    "many folds": (
+        few_of_a_class,
+        ["--folds", "4"],
+        r"smallest 9: 3, .* 4 rows each, or --folds 3",
+    ),
+    "row without id": (
+        content("test.csv", lines("Id,Title,Description", "1,a,b", ",c,d")),
+        [],
+        r"no Id\.",
+    ),
+    "blank rows alone": (
+        content("test.csv", lines("Id,Title", ",", ",")),
+        [],
+        r"test.csv: no rows",
+    ),
+    "no such id": (nothing, ["--id-column", "Nr"], r"test.csv: no Nr column; found Id"),
     "id twice": (cell("Id", "2"), ["--limit", "400"], r"Id '2' is in 2 rows"),
     # Word vectors
     "no vectors file": (nothing, ["--vectors", "none.txt"], r"--vectors none.txt: No such"),
@@ -915,6 +1272,18 @@ BAD = {
     ),
     "vectors of nan": (content("v.vec", lines("the 1 2 3", "of 1 nan 2")), [], r"not finite"),
     "flat vectors": (content("v.vec", lines("the 1 1", "of 1 1")), [], r"all the same, or not"),
+    "vectors in a zip": (content("v.vec", b"PK\3\4" + bytes(50)), [], r"a zip archive, which has"),
+    "binary vectors": (
+        content("v.vec", b"2 4\nthe \0\x9f\xff\xfe"),
+        [],
+        r"a binary file, such as word",
+    ),
+    "vectors between tabs": (content("v.vec", b"the\t1\t2\nof\t2\t1\n"), [], r"tabs stand between"),
+    "half a gzip file": (
+        content("v.vec.gz", gzip.compress(b"the 1 2\n" * 99)[:30]),
+        [],
+        r"ended before",
+    ),
     "useless vectors": (content("v.vec", b"xyzzy 1 2 3\n"), [], r"none of the texts' words"),
     "words alone": (content("v.vec", lines("the", "of")), [], r"--vectors data/v.vec: "),
     # The run's folder and its checkpoint
@@ -956,8 +1325,10 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_ends_with_one_line(here, capsys, case):
     change, words, message = BAD[case]
-    change()
     Path("submission.csv").write_text("mine")
+    change()
+    if Path("submission.csv").is_file():
+        Path("submission.csv").write_text("mine")
     before = {path: path.read_bytes() for path in Path(".").glob("out/*")}
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
@@ -966,7 +1337,8 @@ def test_bad_input_ends_with_one_line(here, capsys, case):
     assert stopped.value.code == 2
     line = the_line(capsys)
     assert re.search(message, line), line
-    assert Path("submission.csv").read_text() == "mine"
+    assert Path("submission.csv").is_dir() or Path("submission.csv").read_text() == "mine"
+    assert not Path(".submission.csv.tmp").exists()
     assert not Path("runs").exists()
     assert {path: path.read_bytes() for path in Path(".").glob("out/*")} == before
 

@@ -5,12 +5,14 @@ import hashlib
 import io
 import json
 import math
+import re
 import shlex
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -883,11 +885,12 @@ def test_faces_are_read_from_a_zip_file_or_a_folder(here):
     assert torch.equal(from_folder, images)
 
 
-def huge_png() -> bytes:
-    """The head of a picture of 3.6 gigapixels."""
-    head = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+def huge_png(side: int) -> bytes:
+    """The head of a picture of side x side pixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     checksum = struct.pack(">I", zlib.crc32(head))
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + checksum
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13)
+    return start + head + checksum + struct.pack(">I", 9) + b"IDAT"
 
 
 def test_faces_of_other_kinds_are_converted_skipped_and_counted(here, capsys):
@@ -903,19 +906,261 @@ def test_faces_of_other_kinds_are_converted_skipped_and_counted(here, capsys):
     ]
     unreadable = [
         ("a/broken.png", b"\x89PNG not"),
-        ("a/deep.png", png(Image.fromarray(np.full((64, 64), 300, np.uint16)))),
-        ("a/huge.png", png(Image.new("RGB", (6000, 6000)))),
-        ("a/huger.png", huge_png()),
+        ("a/huge.png", huge_png(8_000)),
+        ("a/huger.png", huge_png(60_000)),
+        ("a/notes.txt", "hello"),
     ]
-    no_image = [("a/notes.txt", "hello")]
-    write_zip("mixed.zip", faces(20), extra=readable + unreadable + no_image)
+    write_zip("mixed.zip", faces(20), extra=readable + unreadable)
 
     images, _ = vae_anime.load_images(Path("mixed.zip"))
+    printed = capsys.readouterr().out
     assert len(images) == 20 + len(readable)
-    assert "4 images cannot be read, such as 'a/broken.png'" in capsys.readouterr().out
+    assert "2 of 30 files cannot be read, such as 'a/broken.png': none of PNG, JPEG" in printed
+    assert "1 of 30 files cannot be read, such as 'a/huge.png': more than" in printed
+    assert "1 of 30 files cannot be read, such as 'a/huger.png': Image size exceeds" in printed
+    assert "2 of 26 are not square: --fit squeeze" in printed
     red = (images[:, 0] == 200).flatten(1).all(1)
     assert red.sum() == 4
     assert not list(here.parent.rglob("escape.png"))
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def corners(*colours: tuple[int, int, int]) -> Image.Image:
+    """A picture of SIZE x SIZE whose quarters have these colours, row by row."""
+    quarters = np.array(colours, np.uint8).reshape(2, 2, 3)
+    return Image.fromarray(quarters.repeat(32, 0).repeat(32, 1))
+
+
+FOUR_COLOURS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0)]
+LOSSLESS = {"PNG": {}, "WEBP": {"lossless": True}, "BMP": {}, "GIF": {}, "TIFF": {}, "PPM": {}}
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "b.gif", "none"])
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_pictures_are_judged_by_their_bytes(here, kind, name):
+    picture = corners(*FOUR_COLOURS)
+    write_zip("faces.zip", [], extra=[(name, encoded(picture, kind, **LOSSLESS[kind]))])
+    images, _ = vae_anime.load_images(Path("faces.zip"))
+    assert np.array_equal(images[0].permute(1, 2, 0), np.asarray(picture))
+
+
+def test_of_an_animation_the_first_frame_is_read(here):
+    frames = [corners(*FOUR_COLOURS), corners(*FOUR_COLOURS[::-1])]
+    content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    write_zip("faces.zip", [], extra=[("moving.gif", content)])
+    images, _ = vae_anime.load_images(Path("faces.zip"))
+    assert np.array_equal(images[0].permute(1, 2, 0), np.asarray(frames[0]))
+
+
+UPRIGHT = {  # how the stored picture is turned, by the value of the tag
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_pictures_are_upright(here, kind, orientation):
+    upright = corners(*FOUR_COLOURS)
+    stored = upright
+    if UPRIGHT[orientation] is not None:
+        stored = upright.transpose(UPRIGHT[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(stored, kind, exif=exif)
+    write_zip("faces.zip", [], extra=[("photo", content)])
+
+    images, _ = vae_anime.load_images(Path("faces.zip"))
+    difference = images[0].permute(1, 2, 0).numpy().astype(int) - np.asarray(upright)
+    inside = np.abs(difference)[8:24, 8:24]  # JPEG blurs the edges
+    assert inside.max() < 12
+
+
+def test_a_damaged_orientation_counts_as_none(here, recwarn):
+    picture = corners(*FOUR_COLOURS)
+    content = encoded(picture, "PNG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
+    recwarn.clear()
+    write_zip("faces.zip", [], extra=[("photo.png", content)])
+    images, _ = vae_anime.load_images(Path("faces.zip"))
+    assert np.array_equal(images[0].permute(1, 2, 0), np.asarray(picture))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_transparent_pictures_stand_on_white(here, kind):
+    picture = corners(*FOUR_COLOURS).convert("RGBA")
+    opacity = np.full((64, 64), 255, np.uint8)
+    opacity[:32, :32] = 0
+    opacity[32:, :32] = 51
+    picture.putalpha(Image.fromarray(opacity))
+    content = encoded(picture, kind, lossless=True, exact=True)
+    write_zip("faces.zip", [], extra=[("icon", content)])
+
+    images, _ = vae_anime.load_images(Path("faces.zip"))
+    expected = [(255, 255, 255), (0, 250, 0), (204, 204, 254), (250, 250, 0)]
+    assert np.array_equal(images[0].permute(1, 2, 0), np.asarray(corners(*expected)))
+
+
+def test_a_transparent_colour_of_a_palette_stands_on_white(here):
+    picture = Image.new("P", (64, 64), 1)
+    picture.putpalette([0, 0, 0, 200, 10, 10])
+    picture.paste(0, (0, 0, 32, 64))
+    contents = [encoded(picture, kind, transparency=0) for kind in ("PNG", "GIF")]
+    write_zip("faces.zip", [], extra=list(zip("ab", contents, strict=True)))
+    images, _ = vae_anime.load_images(Path("faces.zip"))
+    assert (images[:, :, :, :32] == 255).all()
+    assert (images[:, 0, :, 32:] == 200).all()
+
+
+def test_large_photos_are_shrunk_while_they_are_decoded(here):
+    photo = corners(*FOUR_COLOURS).resize((8000, 8000), Image.Resampling.NEAREST)
+    write_zip("faces.zip", [], extra=[("photo.jpg", encoded(photo, "JPEG"))])
+    images, _ = vae_anime.load_images(Path("faces.zip"))
+    difference = images[0].permute(1, 2, 0).numpy().astype(int)
+    difference -= np.asarray(corners(*FOUR_COLOURS))
+    assert np.abs(difference)[4:28, 4:28].max() < 5
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_values_of_16_bits_are_scaled(here, kind):
+    grey = np.arange(64 * 64).reshape(64, 64) % 256
+    deep = Image.fromarray((grey * 257).astype(np.uint16))
+    if kind == "PPM":
+        deep = deep.convert("I")
+    write_zip("faces.zip", [], extra=[("deep", encoded(deep, kind))])
+    images, _ = vae_anime.load_images(Path("faces.zip"))
+    assert np.array_equal(images[0], np.stack([grey] * 3))
+
+
+def test_hidden_files_are_not_counted(here, capsys):
+    hidden = ["__MACOSX/data/._0.png", "data/._0.png", ".DS_Store", "data/.thumbs/0.png"]
+    write_zip("faces.zip", faces(20), extra=[(name, b"Mac OS X") for name in hidden])
+    images, _ = vae_anime.load_images(Path("faces.zip"))
+    zipfile.ZipFile("faces.zip").extractall("folder")
+    from_folder, _ = vae_anime.load_images(Path("folder"))
+    assert len(images) == len(from_folder) == 20
+    assert capsys.readouterr().out == ""
+
+
+def test_two_members_of_one_name_are_two_pictures(here):
+    colours = [(200, 10, 10), (10, 10, 200)]
+    contents = [png(Image.new("RGB", (64, 64), colour)) for colour in colours]
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        write_zip("faces.zip", [], extra=[("a.png", contents[0]), ("a.png", contents[1])])
+    images, _ = vae_anime.load_images(Path("faces.zip"))
+    assert images[:, :, 0, 0].tolist() == [list(colour) for colour in colours]
+
+
+def test_linked_folders_are_read_once(here):
+    zipfile.ZipFile("faces.zip").extractall("elsewhere")
+    Path("folder").mkdir()
+    Path("folder/link").symlink_to(here / "elsewhere")
+    Path("folder/same").symlink_to(here / "elsewhere")
+    Path("elsewhere/back").symlink_to(here / "folder")
+    images, _ = vae_anime.load_images(Path("folder"))
+    expected, _ = vae_anime.load_images(Path("faces.zip"))
+    assert torch.equal(images, expected)
+
+
+def write_pictures(twin) -> None:
+    """60 pictures in the folder `data`, as files."""
+    images = digits() if twin is vae_mnist else faces()
+    write_zip("pictures.zip", images)
+    zipfile.ZipFile("pictures.zip").extractall(".")
+
+
+@each_twin
+@whole_run
+@pytest.mark.parametrize("out", ["data/results", "data"])
+def test_the_figures_of_runs_are_left_out(twin, here, capsys, out):
+    write_pictures(twin)
+    words = ["--data", "data", *SMALL, "--epochs", "1", "--lambda", "0", "1", "--out", out]
+    twin.main(words)
+    first = json.loads(Path(out, "lambda-1/config.json").read_text())
+    capsys.readouterr()
+    twin.main(words)
+    second = json.loads(Path(out, "lambda-1/config.json").read_text())
+
+    assert second["settings"]["data_sha256"] == first["settings"]["data_sha256"]
+    printed = capsys.readouterr().out
+    assert f"left out {out}/lambda-1, the folder of a run" in printed
+    assert "48 train, 6 validation, 6 test" in printed
+
+
+@each_twin
+def test_a_folder_that_holds_the_courses_file(twin, here):
+    name = twin.DATA_FILE.name
+    Path("data").mkdir()
+    shutil.copy(DATA[twin], Path("data", name))
+    Path("data/notes.txt").write_text("hello")
+    assert twin.find_data(Path("data")) == Path("data", name)
+
+
+@each_twin
+def test_pictures_are_squeezed_or_cropped(twin, here, capsys):
+    wide = np.zeros((60, 120, 3), np.uint8)
+    wide[:, 30:90] = 200
+    Path("wide").mkdir()
+    Image.fromarray(wide).save("wide/a.png")
+
+    squeezed, _ = twin.load_images(Path("wide"))
+    assert "1 of 1 are not square: --fit squeeze" in capsys.readouterr().out
+    cropped, _ = twin.load_images(Path("wide"), "crop")
+    assert "1 of 1 are not square: --fit crop" in capsys.readouterr().out
+    assert (squeezed[..., 0] == 0).all()
+    assert (squeezed[..., twin.SIZE // 2] == 200).all()
+    assert (cropped == 200).all()
+
+
+@each_twin
+@whole_run
+def test_fit_is_kept_with_the_model(twin, here, capsys):
+    """So the model is scored on images that were made square as its own were."""
+    images = faces(30) if twin is vae_anime else digits(30)
+    write_zip("wide.zip", images[:, 8:24])
+    words = ["--data", "wide.zip", *SMALL, "--epochs", "1", "--fit", "crop"]
+    twin.main(words)
+    expected, _ = twin.load_images(Path("wide.zip"), "crop")
+    twin.main(["--evaluate", "wide.zip", "--device", "cpu"])
+    saved = np.load(folder_of(twin) / "reconstructions.npz")["image"]
+    assert np.array_equal(saved, expected.permute(0, 2, 3, 1).squeeze(-1))
+    error = error_line(capsys, twin, [*words, "--fit", "squeeze", "--resume"])
+    assert "trained with fit crop, not squeeze" in error
+
+
+@each_twin
+def test_reading_thousands_of_pictures_shows_a_bar(twin, here, capsys, monkeypatch):
+    write_pictures(twin)
+    monkeypatch.setattr(twin, "tqdm", functools.partial(twin.tqdm, delay=0))
+    read = twin.decode_picture
+
+    def read_slowly(content: bytes) -> Image.Image:
+        time.sleep(0.1)
+        return read(content)
+
+    monkeypatch.setattr(twin, "decode_picture", read_slowly)
+    twin.load_images(Path("data"))
+    assert re.search(r"reading: .*/60", capsys.readouterr().out)
+
+
+def test_a_folder_or_zip_file_of_digits(here):
+    write_pictures(vae_mnist)
+    order = sorted(range(60), key=lambda i: f"{i}.png")
+    from_folder, _ = vae_mnist.load_images(Path("data"))
+    from_zip, _ = vae_mnist.load_images(Path("pictures.zip"))
+    assert np.array_equal(from_folder[:, 0], digits()[order])
+    assert torch.equal(from_zip, from_folder)
 
 
 def test_zip_member_that_unpacks_to_far_more_than_an_image(here, capsys):
@@ -936,32 +1181,114 @@ def test_zip_member_that_unpacks_to_far_more_than_an_image(here, capsys):
         ("image", digits()[..., None]),
         ("image", digits()[:, None]),
         ("image", digits().astype(np.int32)),
+        ("image", digits().reshape(60, 784)),
+        ("image", digits().reshape(60, 1, 784)),
+        ("image", digits()[..., None].repeat(3, -1)),
+        ("image", digits()[:, None].repeat(3, 1)),
     ],
-    ids=["other name", "channel last", "channel first", "integers"],
+    ids=[
+        "other name",
+        "channel last",
+        "channel first",
+        "integers",
+        "flat",
+        "flat with an axis",
+        "RGB",
+        "RGB first",
+    ],
 )
 def test_digits_of_other_kinds(here, capsys, name, array):
     np.savez("other.npz", label=np.zeros(60), **{name: array})
     images, _ = vae_mnist.load_images(Path("other.npz"))
     assert images.shape == (60, 1, 28, 28)
     assert images.dtype == torch.uint8
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == f"images    {name} {array.shape}\n"
     assert np.array_equal(images[:, 0], digits())
+
+
+def test_transparent_digits_stand_on_white(here):
+    opacity = np.full_like(digits(), 255)
+    opacity[:, :, :14] = 0
+    opacity[:, 1:, 14:] = 51
+    black = np.zeros_like(opacity)
+    np.savez("other.npz", image=np.stack([black, black, black, opacity], -1))
+    images, _ = vae_mnist.load_images(Path("other.npz"))
+    assert (images[..., :14] == 255).all()
+    assert (images[..., 0, 14:] == 0).all()
+    assert (images[..., 1:, 14:] == 204).all()
+
+
+def test_the_array_with_the_most_images_is_read_and_named(here, capsys):
+    arrays = {
+        "x_test": digits(20),
+        "y_test": np.eye(10)[np.zeros(20, int)],
+        "x_train": digits(),
+        "y_train": np.eye(81)[np.zeros(60, int)],  # 81 classes are as long as 9 x 9 pixels
+    }
+    np.savez("mnist.npz", **arrays)
+    images, _ = vae_mnist.load_images(Path("mnist.npz"))
+    assert np.array_equal(images[:, 0], digits())
+    printed = capsys.readouterr().out
+    assert printed.startswith("images    x_train (60, 28, 28), not x_test (20, 28, 28)")
+
+
+def test_members_that_are_no_arrays_of_numbers_are_passed_over(here):
+    names = np.array(["a", None], dtype=object)
+    np.savez("other.npz", classes=names, words=np.array(["a", "b"]), photos=digits())
+    with zipfile.ZipFile("other.npz", "a") as archive:
+        archive.writestr("README.txt", "hello")
+    images, _ = vae_mnist.load_images(Path("other.npz"))
+    assert np.array_equal(images[:, 0], digits())
+
+
+OVERSHOOT = digits() / 255.0
+OVERSHOOT[:, 14, 14] = 1.0000002
+UNDERSHOOT = digits() / 255.0 - 2e-7
+
+
+@pytest.mark.parametrize(
+    "array, expected, top",
+    [
+        (digits() / 255.0, digits(), 1),
+        (digits() >> 7, 255 * (digits() >> 7), 1),
+        (digits() >= 128, 255 * (digits() >> 7), 1),
+        (UNDERSHOOT, digits(), 1),
+        (digits() // 160 * 16, 255 * (digits() // 160), 16),
+        (digits().astype(np.uint16) * 257, digits(), 65535),
+    ],
+    ids=["floats", "0 and 1", "booleans", "rounding errors", "0 to 16", "16 bits"],
+)
+def test_digits_of_other_ranges_are_stretched_and_the_run_says_so(
+    here, capsys, array, expected, top
+):
+    np.savez("other.npz", image=array)
+    images, _ = vae_mnist.load_images(Path("other.npz"))
+    assert np.array_equal(images[:, 0], expected)
+    assert f"values from 0 to {top}, stretched to 255" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "array, expected",
-    [
-        (digits() / 255.0, digits()),
-        (digits() >> 7, 255 * (digits() >> 7)),
-        (digits() >= 128, 255 * (digits() >> 7)),
-    ],
-    ids=["floats", "0 and 1", "booleans"],
+    [(OVERSHOOT, None), (np.where(digits() == 0, -0.0, digits()), digits())],
+    ids=["just over 1", "negative zeros"],
 )
-def test_digits_from_0_to_1_are_stretched_and_the_run_says_so(here, capsys, array, expected):
+def test_digits_with_rounding_errors(here, array, expected):
     np.savez("other.npz", image=array)
     images, _ = vae_mnist.load_images(Path("other.npz"))
+    if expected is None:
+        expected = (array * 255).round()
     assert np.array_equal(images[:, 0], expected)
-    assert "stretched to 255" in capsys.readouterr().out
+
+
+@each_twin
+@whole_run
+def test_blank_images_are_a_warning_at_the_start_and_the_end(twin, here, capsys):
+    blank = np.zeros((3, *SAVED_SHAPE[twin]), np.uint8)
+    images = np.concatenate([blank, digits(30) if twin is vae_mnist else faces(30)])
+    write_zip("some.zip", images)
+    twin.main(["--data", "some.zip", *SMALL, "--epochs", "1"])
+    printed = capsys.readouterr().out
+    assert printed.count("warning   some.zip: 3 images ") == 2
 
 
 def test_larger_digits_are_averaged(here):
@@ -1037,6 +1364,35 @@ def save_broken_picture(twin) -> None:
     write_zip("faces.zip", [], extra=[("a.png", "x")])
 
 
+def truncate_pictures(twin) -> None:
+    contents = [encoded(Image.fromarray(image), "JPEG")[:-40] for image in faces(3)]
+    write_zip("faces.zip", [], extra=[(f"{i}.jpg", each) for i, each in enumerate(contents)])
+
+
+def put_the_zip_into_a_zip(twin) -> None:
+    write_zip("faces.zip", [], extra=[("inner.zip", Path("faces.zip").read_bytes())])
+
+
+def compress_otherwise(twin) -> None:
+    """Mark the members as compressed by deflate64, as Windows does for large ones."""
+    content = Path("faces.zip").read_bytes()
+    content = re.sub(rb"(PK\x03\x04.{4})..", rb"\1\t\0", content, flags=re.S)
+    content = re.sub(rb"(PK\x01\x02.{6})..", rb"\1\t\0", content, flags=re.S)
+    Path("faces.zip").write_bytes(content)
+
+
+def save_blank_faces(twin) -> None:
+    write_zip("faces.zip", np.full((30, 64, 64, 3), 90, np.uint8))
+
+
+def save_blank_digits(twin) -> None:
+    np.savez("digits.npz", image=np.zeros((60, 28, 28)))
+
+
+def save_lit_digits(twin) -> None:
+    np.savez("digits.npz", image=np.full((60, 28, 28), 200, np.uint8))
+
+
 def leave_a_run(twin) -> None:
     put_finished_run(twin, "out")
     Path("out/lambda-1/metrics.json").unlink()
@@ -1107,15 +1463,21 @@ IN_BOTH = [
 ]
 IN_DIGITS = [
     Case("pickled", pickle_objects, "", "Object arrays cannot be loaded"),
-    Case("no images", save_labels_alone, "", "no images (N, H, W) in it; found label"),
+    Case("no images", save_labels_alone, "", "no square images (N, H, W) in it; found label (9,)"),
     Case("nan pixel", save_nan, "", "values outside 0 to 255"),
     Case("large pixel", save_large_value, "", "values outside 0 to 255"),
     Case("negative pixel", save_negative_value, "", "values outside 0 to 255"),
-    Case("oblong", save_oblong, "", "(28, 40) are not square"),
+    Case("all dark", save_blank_digits, "", "no image has dark and lit pixels. Scale them"),
+    Case("all lit", save_lit_digits, "", "no image has dark and lit pixels. Scale them"),
+    Case("oblong", save_oblong, "", "no square images (N, H, W) in it; found image (60, 28, 40)"),
 ]
 IN_FACES = [
-    Case("no picture", save_no_picture, "", "no PNG or JPEG image in it"),
-    Case("none readable", save_broken_picture, "", "no PNG or JPEG image in it that can be read"),
+    Case("no picture", save_no_picture, "", "'a.txt': none of PNG, JPEG"),
+    Case("none readable", save_broken_picture, "", "1 of 1 files cannot be read, such as 'a.png'"),
+    Case("truncated", truncate_pictures, "", "'0.jpg': image file is truncated. Give a zip file"),
+    Case("nested", put_the_zip_into_a_zip, "", "such as 'inner.zip': none of PNG, JPEG"),
+    Case("other compression", compress_otherwise, "", "'data/0.png': That compression method"),
+    Case("blank", save_blank_faces, "", "each image is of one grey value"),
 ]
 CASES = [(vae_mnist, case) for case in IN_BOTH + IN_DIGITS]
 CASES += [(vae_anime, case) for case in IN_BOTH + IN_FACES]
