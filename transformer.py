@@ -1605,17 +1605,9 @@ def parse_args(argv: list[str] | None) -> Config:
     add("--dropout", type=probability, help="probability, in the encoder [%(default)s]")
 
     add = parser.add_argument_group("training").add_argument
-    add(
-        "--word-dropout",
-        type=probability,
-        help="of reading a word as unknown in training [%(default)s]",
-    )
+    add("--word-dropout", type=probability, help="of hiding a word in training [%(default)s]")
     add("--r-drop", type=nonnegative, help="weight of the two passes' KL [%(default)s]")
-    add(
-        "--folds",
-        type=two_or_more,
-        help="folds of the training texts, one model each [%(default)s]",
-    )
+    add("--folds", type=two_or_more, help="of the training texts, a model each [%(default)s]")
     add("--epochs", type=positive, help="passes over a fold's training texts [%(default)s]")
     add("--batch-size", type=positive, help="texts per step, of all processes [%(default)s]")
     add("--optimizer", choices=OPTIMIZERS, help="[%(default)s]")
