@@ -853,7 +853,7 @@ def plot_images(model: VAE, real: Tensor, per_image: dict[str, Tensor], config: 
         rows.append(torch.cat([real[i : i + 1], between, real[i + 1 : i + 2]]))
     show(axes, tile(torch.cat(rows), 12), "real | from one z to the other | real")
     write_file(config.folder / "interpolation.png", figure.savefig)
-    walks = torch.stack(rows)[:, :, 0]  # (rows, 12, 28, 28)
+    walks = torch.stack(rows).permute(0, 1, 3, 4, 2)  # (rows, 12, 28, 28, 1)
     write_file(config.folder / "interpolation.npz", partial(np.savez_compressed, image=walks))
 
 

@@ -712,7 +712,7 @@ def test_walks_are_kept_as_arrays(twin, here):
     test = twin.split_images(images, twin.Config())["test"]
     if twin is vae_mnist:
         test = 255 * twin.to_pixels(test)
-    real = test.permute(0, 2, 3, 1).squeeze(-1).numpy()
+    real = test.permute(0, 2, 3, 1).numpy()
     rows = len(test) // 2
     assert walks.shape == (rows, 12, *real.shape[1:])
     assert walks.dtype == np.uint8
