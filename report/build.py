@@ -101,10 +101,12 @@ def plan_transformer(plan: Plan, quick: bool) -> None:
     plan.measure(
         "transformer/measured", "transformer", "transformer", "measured.json", ["metrics.json"]
     )
+
     for name in TOKENIZERS:
         plan.train(f"comparison/{name}", "transformer.py", ["--tokenizer", name, *few])
     needs = [f"{name}/metrics.json" for name in TOKENIZERS]
     plan.measure("comparison", "tokenizers", "comparison", "tokenizers.csv", needs)
+
     for name, flags in ABLATION.items():
         epochs = ["--epochs", "2" if quick else "8"]
         plan.train(ablation_key(name), "transformer.py", [*flags, *epochs])
@@ -124,8 +126,10 @@ def plan_vae(plan: Plan, name: str, quick_epochs: str, sweep_epochs: str, quick:
 def plan_cvae(plan: Plan, quick: bool) -> None:
     verbs = ["--epochs", "60", "--hidden-dim", "128"] if quick else []
     plan.train("cvae", "lab4/cvae.py", verbs)
+
     holdout = ["--holdout", "20" if quick else "100"]
     plan.train("cvae_holdout", "lab4/cvae.py", [*holdout, *verbs])
+
     for name in SCHEDULES:
         flags = ["--kl-schedule", name, *(verbs or ["--epochs", "60"])]
         plan.train(f"cvae_schedules/{name}", "lab4/cvae.py", flags)
@@ -150,6 +154,7 @@ def run_missing(steps: list[Step], runs: Path) -> None:
     handler = signal.signal(signal.SIGINT, lambda *_: None)
     for step in tqdm(missing, "runs", disable=None):
         print(f"\nrun       {shlex.join(step.command)}", flush=True)
+
         where = runs / "cwd" / step.key
         if step.needs:  # it reads --data from where the user stands, as the runs themselves did
             code = subprocess.run(step.command, check=False).returncode
@@ -157,6 +162,7 @@ def run_missing(steps: list[Step], runs: Path) -> None:
             where.mkdir(parents=True, exist_ok=True)
             command = [*step.command, "--resume"]
             code = subprocess.run(command, cwd=where, check=False).returncode
+
         if code in (130, 143):
             print("stopped   the same command goes on from there")
             raise SystemExit(code)
@@ -165,6 +171,7 @@ def run_missing(steps: list[Step], runs: Path) -> None:
                 "that command failed; its lines above say why. "
                 "Mend it, then run this again: finished runs are kept"
             )
+
         if step.key == "transformer":
             print(f"kept      {where / 'submission.csv'}, to upload")
     signal.signal(signal.SIGINT, handler)
@@ -186,6 +193,7 @@ def read_runs(steps: list[Step]) -> dict:
             ablation.append({"name": name, "flags": " ".join(flags), **metrics})
     if ablation and ablation[0]["name"] != "as it is":
         ablation = []  # nothing to compare with
+
     missing = {step.key: shown(step) for step in steps if step.missing()}
     found = {"missing": missing, "ablation": ablation, "partial": partial_runs(steps)}
     return found | {"unseen": unseen_accuracies()}
@@ -195,6 +203,7 @@ def partial_runs(steps: list[Step]) -> dict[str, str]:
     """The runs that are not on all the homework's data, and why: the bundled sample, or --limit."""
     files = (ROOT / "data" / "sample").glob("*")
     sample = {hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
     found = {}
     for step in steps:
         configs = sorted(step.done.parent.rglob("config.json"))
@@ -283,6 +292,7 @@ def check_args(args: argparse.Namespace) -> Path:
         fail(f"--student-id {name[:40]!r}: give letters and digits only, 32 at most, as in 0123456")
     if args.quick and args.data:
         fail("--quick runs on the bundled sample. Leave out --quick or --data")
+
     archive = args.out / f"hw2_{name}.zip"
     if archive.exists() and not args.force:
         fail(f"{archive}: exists already. Replace it with --force, or name another --out")
@@ -300,9 +310,11 @@ def main(argv: list[str] | None = None) -> None:
         runs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--runs {args.runs}: {error.strerror}. Name another folder")
+
     steps = make_plan(runs, data, args.quick)
     if args.run or args.quick:
         run_missing(steps, runs)
+
     about = read_runs(steps)
     for key, command in about["missing"].items():
         print(f"missing   {key}: {command}")
@@ -310,6 +322,7 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"warning   {key}: {reason}; the report says so. For a new run move {runs / key} away"
         )
+
     pdf = typeset(runs, about, args.student_id)
     write_whole(args.out / "report.pdf", pdf)
     for name in SCRIPTS:
@@ -318,6 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         print("warning   these are figures of the bundled sample, not of the homework's data")
     print(f"wrote     {args.out / 'report.pdf'} and {archive}: the PDF and the scripts, each tried")
+
     if about["missing"]:
         words = sys.argv[1:] if argv is None else argv
         words = [word for word in words if word not in ("--run", "--force")]
