@@ -940,7 +940,8 @@ def run_model(config: Config, images: dict[str, Tensor], bar: tqdm) -> dict:
 
         history = train(model, images, config, checkpoint, bar)
         finished = time.monotonic()
-        if config.prior == "learned" and config.kl_weight > 0:  # at λ = 0, N(0, I) is the lesson
+        # At λ = 0 nothing has tied the latents to N(0, I), and its samples are to show that.
+        if config.prior == "learned" and config.kl_weight > 0:
             fit_prior(model, images, config)
 
         log("trained   scoring and drawing take a moment more")
@@ -1005,7 +1006,9 @@ def run_models(config: Config, kl_weights: list[float]) -> dict:
     for line in warnings_at_end:
         log(line)
     log(f"wrote     {config.out}/lambda-{', lambda-'.join(metrics)}")
-    words = ["--lambda", f"{kl_weights[-1]:g}", "--out", str(config.out), "--sample", "100"]
+    name = "1" if "1" in metrics else f"{kl_weight:g}"
+    words = ["--sample", "100", "--lambda", name, "--out", str(config.out)]
+    words += ["--temperature", f"{config.temperature:g}"]
     log(f"next      {shlex.join(['python', sys.argv[0], *words])}")
     if len(metrics) == 1:
         return result
@@ -1027,7 +1030,7 @@ def evaluate_file(config: Config) -> dict:
     """Score the finished model on a file; leave reconstructions.npz and a picture."""
     model, settings = load_finished(config.folder, pick_device(config.device))
     path = find_data(config.evaluate)
-    images, _ = load_images(path, settings.get("fit", "squeeze"))  # as in training
+    images, _ = load_images(path, settings["fit"])  # as in training
     for line in describe_blank(images, path):
         log(line)
     metrics, per_image = evaluate(model, images, config, refine=True)

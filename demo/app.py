@@ -263,7 +263,7 @@ class ImageRuns:
                 continue
             self.models[kl_weight] = model
             self.directions[kl_weight] = principal_directions(model)
-            self.fits[kl_weight] = settings.get("fit", "squeeze")
+            self.fits[kl_weight] = settings["fit"]
 
         if not self.models:
             raise UserError(" ".join(not_shown))

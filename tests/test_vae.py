@@ -1528,3 +1528,11 @@ def test_a_checkpoint_of_another_version_ends_with_one_line(twin, here, capsys):
     torch.save(checkpoint, path)
     error = error_line(capsys, twin, ["--sample", "3"])
     assert f"not a checkpoint of {twin.CHECKPOINT_VERSION}" in error
+
+
+@each_twin
+def test_the_next_command_samples_at_lambda_1_and_the_runs_temperature(twin, here, capsys):
+    run(twin, "--lambda", "1", "100", "--epochs", "1", "--temperature", "0.5")
+    [line] = [row for row in capsys.readouterr().out.splitlines() if row.startswith("next ")]
+    assert "--sample 100 --lambda 1 " in line
+    assert line.endswith("--temperature 0.5")
