@@ -105,8 +105,6 @@ PRIOR_COMPONENTS = 16  # 64 would memorize the training latents
 
 # Noise
 COARSE_SIGMA = 0.15  # of the coarse image's own likelihood; a larger one asks less of z
-# The density of a value times 1/255, the distance of two bytes, is a probability: at most 1.
-MIN_SIGMA = 1 / (math.sqrt(2 * math.pi) * 255)
 
 # Optimization
 ADAM_BETAS = (0.9, 0.99)
@@ -360,9 +358,17 @@ def to_pixels(images: Tensor) -> Tensor:
     return (images.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
+def dequantize(x: Tensor, generator: Generator) -> Tensor:
+    """Replace each of the 256 values by a random one of those that are rounded to it.
+
+    So a density bounds the probability of the 256 values (Theis et al. 2016, section 3.1).
+    """
+    return x + (torch.rand(x.shape, generator=generator, device=x.device) - 0.5) / 255
+
+
 def augment(images: Tensor, generator: Generator) -> Tensor:
     """Mirror each of the images (B, 3, 64, 64) with probability 1/2."""
-    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    mirrored = torch.rand(len(images), generator=generator, device=images.device) < 0.5
     return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 
@@ -698,19 +704,21 @@ def train(
     network = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
 
     device = model.mean_image.device
-    batches_per_epoch = count_batches(images["train"], config)
+    train_images = images["train"].to(device)
+    batches_per_epoch = count_batches(train_images, config)
     total_steps = config.epochs * batches_per_epoch
     step = len(history) * batches_per_epoch
     bar.update(step)
 
     for epoch in range(len(history), config.epochs):
-        order = torch.randperm(len(images["train"]), generator=random_generator(config.seed, epoch))
+        order = torch.randperm(len(train_images), generator=random_generator(config.seed, epoch))
+        order = order.to(device)
         totals = torch.zeros(3, device=device)
 
         for batch in order.split(config.batch_size)[:batches_per_epoch]:
-            mirrored = augment(images["train"][batch], random_generator(config.seed, epoch, step))
-            share = mirrored[RANK::WORLD_SIZE][: len(batch) // WORLD_SIZE]  # this process's images
-            x = to_pixels(share.to(device))
+            mirrors = random_generator(config.seed, epoch, step, device=device)
+            mirrored = augment(train_images[batch], mirrors)
+            x = to_pixels(mirrored[RANK::WORLD_SIZE][: len(batch) // WORLD_SIZE])  # of this process
             generator = random_generator(config.seed, epoch, step, RANK, device=device)
 
             reconstruction, kl, coarse = network(x, generator)  # (B,) each
@@ -720,10 +728,7 @@ def train(
             # A large λ scales up all gradients. ADAM_EPSILON and MAX_GRAD_NORM need one scale.
             objective = (loss + coarse.mean()) / max(1.0, config.kl_weight)
             objective.backward()
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-            if not torch.isfinite(loss + grad_norm):
-                place = f"epoch {epoch + 1}, step {step + 1}"
-                raise UserError(f"the loss is not finite in {place}. Lower --lr")
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             optimizer.param_groups[0]["lr"] = learning_rate(step, total_steps, config.lr)
             optimizer.step()
 
@@ -731,6 +736,7 @@ def train(
             step += 1
             bar.update()
 
+        # Checked once per epoch: a GPU has to wait whenever the host looks at its numbers.
         validation, _ = evaluate(model, images["validation"], config)
         if not math.isfinite(validation["loss"]):
             raise UserError(f"the loss is not finite after epoch {epoch + 1}. Lower --lr")
@@ -754,8 +760,9 @@ def fit_noise(model: VAE, images: dict[str, Tensor], config: Config) -> None:
     for batch in some.split(EVAL_BATCH):
         x = to_pixels(batch.to(device))
         output = model.infer(x, model.encode(x), generator)
-        squares += frequencies(x - output.mean).square().sum(dim=0)
-    model.noise = FrequencyNoise((squares / len(some)).sqrt().clamp_min(MIN_SIGMA))
+        error = dequantize(x, generator) - output.mean
+        squares += frequencies(error).square().sum(dim=0)
+    model.noise = FrequencyNoise((squares / len(some)).sqrt())
 
 
 # Same in vae_mnist.py
@@ -801,7 +808,7 @@ def evaluate(
         q = model.encode(x)
         output = model.infer(x, q, generator)
         results = {
-            "reconstruction": -model.noise.log_prob(x - output.mean),
+            "reconstruction": -model.noise.log_prob(dequantize(x, generator) - output.mean),
             "kl": output.kl,
             "squared_error": (output.mean.clamp(0, 1) - x).square().flatten(1).mean(1),
             "mu": q.mean,
@@ -818,13 +825,13 @@ def evaluate(
     kl = per_image["kl"].double().mean().item()
     squared_error = per_image["squared_error"].double().mean().item()
     active = per_image["mu"].var(dim=0, correction=0) > ACTIVE_VARIANCE
-    # 8 = log2(256) turns a density on [0, 1] into one on 0 to 255, as papers report it.
+    # The probability of a value is a density times 1/255, the distance of two values.
     scores = {
         "reconstruction": reconstruction,
         "kl": kl,
         "loss": reconstruction + config.kl_weight * kl,
         "neg_elbo": reconstruction + kl,
-        "bits_per_dim": (reconstruction + kl) / DIMENSIONS / math.log(2) + 8,
+        "bits_per_dim": (reconstruction + kl) / DIMENSIONS / math.log(2) + math.log2(255),
         "psnr_db": -10 * math.log10(max(squared_error, 1e-12)),
         "active_units": int(active.sum()),
     }

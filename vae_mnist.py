@@ -452,7 +452,8 @@ def augment(images: Tensor, generator: Generator) -> Tensor:
     """Apply a small random rotation, shear, scaling and shift to each grey image."""
 
     def uniform(bound: float) -> Tensor:
-        return (torch.rand(len(images), generator=generator) * 2 - 1) * bound
+        values = torch.rand(len(images), generator=generator, device=images.device)
+        return (values * 2 - 1) * bound
 
     angle = uniform(MAX_ROTATION)
     shear = uniform(MAX_SHEAR)
@@ -468,7 +469,8 @@ def augment(images: Tensor, generator: Generator) -> Tensor:
     affine = torch.stack([row_x, row_y], dim=1)  # (B, 2, 3)
 
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)
-    warped = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    grid = grid.clamp(1 / SIZE - 1, 1 - 1 / SIZE)  # beyond the border its pixels are repeated
+    warped = F.grid_sample(images.float(), grid, align_corners=False)
     return warped.round()
 
 
@@ -664,19 +666,21 @@ def train(
     network = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
 
     device = model.mean_image.device
-    batches_per_epoch = count_batches(images["train"], config)
+    train_images = images["train"].to(device)
+    batches_per_epoch = count_batches(train_images, config)
     total_steps = config.epochs * batches_per_epoch
     step = len(history) * batches_per_epoch
     bar.update(step)
 
     for epoch in range(len(history), config.epochs):
-        order = torch.randperm(len(images["train"]), generator=random_generator(config.seed, epoch))
+        order = torch.randperm(len(train_images), generator=random_generator(config.seed, epoch))
+        order = order.to(device)
         totals = torch.zeros(3, device=device)
 
         for batch in order.split(config.batch_size)[:batches_per_epoch]:
-            grey = augment(images["train"][batch], random_generator(config.seed, epoch, step))
-            share = grey[RANK::WORLD_SIZE][: len(batch) // WORLD_SIZE]  # this process's images
-            x = to_pixels(share.to(device))
+            warps = random_generator(config.seed, epoch, step, device=device)
+            grey = augment(train_images[batch], warps)
+            x = to_pixels(grey[RANK::WORLD_SIZE][: len(batch) // WORLD_SIZE])  # of this process
             generator = random_generator(config.seed, epoch, step, RANK, device=device)
 
             reconstruction, kl = network(x, generator)  # (B,) each
@@ -686,10 +690,7 @@ def train(
             # A large λ scales up all gradients. MAX_GRAD_NORM needs one scale.
             objective = loss / max(1.0, config.kl_weight)
             objective.backward()
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-            if not torch.isfinite(loss + grad_norm):
-                place = f"epoch {epoch + 1}, step {step + 1}"
-                raise UserError(f"the loss is not finite in {place}. Lower --lr")
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             optimizer.param_groups[0]["lr"] = learning_rate(step, total_steps, config.lr)
             optimizer.step()
 
@@ -697,6 +698,7 @@ def train(
             step += 1
             bar.update()
 
+        # Checked once per epoch: a GPU has to wait whenever the host looks at its numbers.
         validation, _ = evaluate(model, images["validation"], config)
         if not math.isfinite(validation["loss"]):
             raise UserError(f"the loss is not finite after epoch {epoch + 1}. Lower --lr")

@@ -215,7 +215,10 @@ def neg_elbo(script: ModuleType, model: PeerVAE, images: Tensor) -> float:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for batch in images.split(200):
-            reconstruction, kl = model(script.to_pixels(batch))
+            x = script.to_pixels(batch)
+            if script is vae_anime:
+                x = vae_anime.dequantize(x, torch.default_generator)
+            reconstruction, kl = model(x)
             total += (reconstruction + kl).sum().item()
     return total / len(images)
 
@@ -265,8 +268,9 @@ def peers(kind: str, args: Namespace) -> None:
         epochs, best = train_peer(script, model, images, args.seconds)
         validation[name] = best["validation"]
 
-        # As in vae_anime.py, 8 = log2(256) turns a density on [0, 1] into one on 0 to 255.
-        bits = best["test"] / math.prod(SHAPES[kind]) / math.log(2) + (8 if kind == "faces" else 0)
+        bits = best["test"] / math.prod(SHAPES[kind]) / math.log(2)
+        if kind == "faces":
+            bits += math.log2(255)  # as in vae_anime.py: from densities to 256 values
         parameters = sum(p.numel() for p in model.parameters())
         print(
             f"| {name} | {parameters:,} | {epochs} | {best['test']:.2f} | {bits:.3f} |", flush=True

@@ -312,7 +312,8 @@ def sample_faces(model, x: Tensor, q: D.Independent, generator) -> Weights:
     for detail in output.details:
         log_prior = log_prior + detail.prior.log_prob(detail.sample)
         log_posterior = log_posterior + detail.posterior.log_prob(detail.sample)
-    log_likelihood = model.noise.log_prob(x - output.mean)
+    error = vae_anime.dequantize(x, generator) - output.mean
+    log_likelihood = model.noise.log_prob(error)
     return Weights(log_likelihood, log_prior, log_posterior)
 
 

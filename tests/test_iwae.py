@@ -37,7 +37,8 @@ def log_weight(twin, model, x, q, generator) -> torch.Tensor:
     if twin is vae_anime:
         output = model.infer(x, q, generator)
         sigma = model.noise.log_sigma.exp()
-        total = log_normal(x, output.mean, sigma.square().expand_as(x))
+        dequantized = vae_anime.dequantize(x, generator)
+        total = log_normal(dequantized, output.mean, sigma.square().expand_as(x))
         z = output.z
         for detail in output.details:
             total += log_normal(detail.sample, detail.prior.mean, detail.prior.variance)
@@ -73,7 +74,8 @@ def test_iwae_with_one_sample_is_the_elbo_on_average(twin):
         bounds.append(iwae_bound(twin, model, x, q, 1, generator).item())
         if twin is vae_anime:
             output = model.infer(x, q, generator)
-            elbo = model.noise.log_prob(x - output.mean) - output.kl
+            error = vae_anime.dequantize(x, generator) - output.mean
+            elbo = model.noise.log_prob(error) - output.kl
         else:
             pixels = model.decode(twin.reparameterize(q, generator))
             normal = D.Independent(D.Normal(torch.zeros(1, 4), torch.ones(1, 4)), 1)

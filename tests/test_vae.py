@@ -364,11 +364,10 @@ def test_fitted_noise_is_the_likeliest():
     generator = vae_anime.random_generator(config.seed, "noise")  # the same draws as fit_noise's
     x = vae_anime.to_pixels(images)
     with torch.no_grad():
-        error = x - model.infer(x, model.encode(x), generator).mean
+        mean = model.infer(x, model.encode(x), generator).mean
+    error = vae_anime.dequantize(x, generator) - mean
     coefficients = scipy.fft.dctn(error.numpy(), axes=(1, 2, 3), norm="ortho")
-    expected = np.sqrt(np.square(coefficients).mean(0))
-    one_grey_value = 1 / (math.sqrt(2 * math.pi) * 255)
-    expected = torch.from_numpy(expected).clamp_min(one_grey_value)
+    expected = torch.from_numpy(np.sqrt(np.square(coefficients).mean(0)))
 
     vae_anime.fit_noise(model, {"train": images}, config)
     torch.testing.assert_close(model.noise.sigma, expected, rtol=1e-3, atol=1e-5)
@@ -378,6 +377,25 @@ def test_fitted_noise_is_the_likeliest():
         assert likelihood > other.log_prob(error).mean()
     after, _ = vae_anime.evaluate(model, images, config)
     assert after["bits_per_dim"] < before["bits_per_dim"]
+
+
+def test_dequantization_spreads_values_evenly_over_half_a_step_to_both_sides():
+    x = vae_anime.to_pixels(face_tensor(20))
+    distance = 255 * (vae_anime.dequantize(x, Generator().manual_seed(0)) - x)
+    assert distance.abs().max() <= 0.5001
+    assert distance.mean().abs() < 0.01
+    assert distance.var().item() == pytest.approx(1 / 12, rel=0.01)
+
+
+def test_an_image_known_in_full_costs_no_less_than_nothing():
+    """A Gaussian as wide as the dequantization noise spends 1/2 log2(2πe/12) bits on a value."""
+    x = vae_anime.to_pixels(face_tensor(20))
+    sigma = torch.full((3, 64, 64), 1 / (255 * math.sqrt(12)))
+    error = vae_anime.dequantize(x, Generator().manual_seed(0)) - x
+    log_prob = vae_anime.FrequencyNoise(sigma).log_prob(error)
+    bits_per_dim = -log_prob.mean() / vae_anime.DIMENSIONS / math.log(2) + math.log2(255)
+    expected = 0.5 * math.log2(2 * math.pi * math.e / 12)
+    assert bits_per_dim.item() == pytest.approx(expected, abs=0.01)
 
 
 @torch.no_grad()
@@ -688,7 +706,7 @@ def test_run_leaves_what_it_promises(twin, here):
     neg_elbo = metrics["neg_elbo"]["test"]
     terms_added = metrics["reconstruction"]["test"] + metrics["kl"]["test"]
     assert neg_elbo == pytest.approx(terms_added)
-    offset = 0 if twin is vae_mnist else 8  # log2(256): from densities on [0, 1] to bytes
+    offset = 0 if twin is vae_mnist else math.log2(255)  # from densities to 256 values
     bits_per_dim = neg_elbo / math.prod(SHAPE[twin]) / math.log(2) + offset
     assert metrics["bits_per_dim"] == pytest.approx(bits_per_dim)
 
