@@ -977,24 +977,43 @@ def plot_learning_curve(history: pd.DataFrame, config: Config) -> None:
     write_file(config.folder / "learning-curve.png", figure.savefig)
 
 
-# Same in vae_mnist.py
-def plot_sweep(out: Path, metrics: dict[str, dict]) -> None:
-    """Write sweep.csv with a row per λ, and lambda-sheet.png with its figures in a column."""
+def plot_sweep(config: Config, metrics: dict[str, dict], images: dict[str, Tensor]) -> None:
+    """Write sweep.csv with a row per λ, and lambda-sheet.png with a column per λ."""
     table = pd.DataFrame(metrics.values())
     for term in (*TERMS, "neg_elbo"):
         table[term] = [values["test"] for values in table[term]]
-    write_table(out / "sweep.csv", table)
+    write_table(config.out / "sweep.csv", table)
     log(table.round(3).to_string(index=False))
 
-    rows = []
-    for name in ("reconstructions", "samples", "interpolation", "posterior", "learning-curve"):
-        row = []
-        for kl_weight in metrics:
-            picture = Image.open(out / f"lambda-{kl_weight}" / f"{name}.png").convert("RGB")
-            row.append(picture.resize((800, 800 * picture.height // picture.width)))
-        rows.append(np.hstack(row))
-    sheet = Image.fromarray(np.vstack(rows))
-    write_file(out / "lambda-sheet.png", partial(sheet.save, format="png"))
+    figure = Figure(figsize=(2.4 * len(metrics), 12), dpi=250, layout="constrained")
+    columns = figure.subplots(5, len(metrics), squeeze=False).T
+    for kl_weight, axes in zip(metrics, columns, strict=True):
+        reconstructions, samples, walks, variances, curves = axes
+        config = replace(config, kl_weight=float(kl_weight))
+        model, _ = load_finished(config.folder, pick_device(config.device))
+        real = images["test"][:18]
+        _, per_image = evaluate(model, real, config)
+
+        pairs = torch.stack([real, per_image["reconstructed"]], dim=1).flatten(0, 1)
+        show(reconstructions, tile(pairs, 6), f"λ = {kl_weight}\nreal and reconstructed")
+        sampled = sample_images(model, 36, config.seed, config.temperature)
+        show(samples, tile(sampled, 6), f"samples, temperature {config.temperature:g}")
+        walk = torch.from_numpy(np.load(config.folder / "interpolation.npz")["image"])
+        walk = walk[:6, 1:11:2].permute(0, 1, 4, 2, 3).flatten(0, 1)
+        show(walks, tile(walk, 5), "interpolations")
+
+        variance = per_image["variance"].mean(dim=0).sort().values
+        variances.bar(range(len(variance)), variance.numpy(), width=1.0)
+        variances.set(yscale="log", ylim=(1e-9, 10), xlabel="dimension of z, sorted")
+        variances.set_title("mean posterior variance", fontsize=9)
+
+        history = pd.read_csv(config.folder / "history.csv")
+        for term in ("reconstruction", "kl"):
+            curves.plot(history["epoch"], history[f"validation_{term}"], ".-", label=term)
+        curves.set(xlabel="epoch", ylabel="nats per image")
+        curves.set_title("validation", fontsize=9)
+        curves.legend()
+    write_file(config.out / "lambda-sheet.png", figure.savefig)
 
 
 # Runs: one folder per λ ---------------------------------------------------------------------------
@@ -1091,7 +1110,7 @@ def run_models(config: Config, kl_weights: list[float]) -> dict:
     if len(metrics) == 1:
         return result
     if RANK == 0:
-        plot_sweep(config.out, metrics)
+        plot_sweep(config, metrics, images)
     return metrics
 
 

@@ -6,13 +6,17 @@ r"""How good the twin VAEs are: peers on the same images, samples judged, traini
     python bench/vae.py samples digits --data data/TibetanMNIST.npz --out runs/vae_mnist
     python bench/vae.py samples faces  --data data/anime-faces.zip --out runs/vae_anime \
         --cascade data/lbpcascade_animeface.xml
+    python bench/vae.py mnist          --data mnist.npz --minutes 15
 
 `samples` judges the finished run's samples: digits by a classifier that is trained here on the
 labels, faces by OpenCV's cascade for anime faces
-(https://github.com/nagadomi/lbpcascade_animeface). Each command prints a table.
+(https://github.com/nagadomi/lbpcascade_animeface). `mnist` trains the network of vae_mnist.py on
+MNIST (the arrays x_train and x_test of Keras' mnist.npz) by the protocol of the papers, and ends
+with one line of JSON. The others print a table.
 """
 
 import copy
+import json
 import math
 import statistics
 import sys
@@ -37,6 +41,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import vae_anime
 import vae_mnist
+from report import measure
 
 TWINS = {"digits": vae_mnist, "faces": vae_anime}
 SHAPES = {"digits": (1, 28, 28), "faces": (3, 64, 64)}
@@ -488,10 +493,84 @@ def random_patches(images: np.ndarray, seed: int) -> np.ndarray:
     return ((patches - mean) / std).reshape(-1, 7 * 7 * 3)
 
 
+# MNIST --------------------------------------------------------------------------------------------
+def binarize(grey: Tensor, generator: Generator) -> Tensor:
+    """Turn each pixel on with the probability of its grey value (Salakhutdinov and Murray 2008)."""
+    return 255 * (255 * torch.rand(grey.shape, generator=generator) < grey).byte()
+
+
+def train_mnist(
+    model: vae_mnist.VAE, grey: Tensor, config: vae_mnist.Config, seconds: float
+) -> None:
+    """Train for so many seconds on images that are binarized anew for each step.
+
+    This is the loop of vae_mnist.py, without its warps: so many images need none.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), betas=vae_mnist.ADAM_BETAS, fused=True)
+    generator = vae_mnist.random_generator(config.seed, "mnist")
+    bar = tqdm(total=round(seconds), unit="s")
+    started = time.monotonic()
+    elapsed = 0.0
+    while elapsed < seconds:
+        for batch in torch.randperm(len(grey), generator=generator).split(config.batch_size):
+            x = vae_mnist.to_pixels(binarize(grey[batch], generator))
+            reconstruction, kl = model(x, generator)
+            optimizer.zero_grad()
+            (reconstruction + kl).mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), vae_mnist.MAX_GRAD_NORM)
+            optimizer.param_groups[0]["lr"] = vae_mnist.learning_rate(elapsed, seconds, config.lr)
+            optimizer.step()
+
+            elapsed = time.monotonic() - started
+            bar.n = min(round(elapsed), round(seconds))
+            bar.update(0)
+            if elapsed >= seconds:
+                break
+    bar.close()
+
+
+def mnist(kind: str, args: Namespace) -> None:
+    """Print the negative ELBO and the IWAE bound of MNIST's test images, in nats, as JSON."""
+    with np.load(args.data, allow_pickle=False) as arrays:
+        grey = torch.from_numpy(arrays["x_train"])[:, None]  # (60000, 1, 28, 28)
+        test = torch.from_numpy(arrays["x_test"])[:, None]
+    generator = vae_mnist.random_generator("mnist")  # the same binary images for each seed
+    order = torch.randperm(len(grey), generator=generator)
+    test = binarize(test, generator)
+    images = {"validation": binarize(grey[order[:5000]], generator)}
+    grey = grey[order[5000:]]
+    images["train"] = binarize(grey[: vae_mnist.PRIOR_IMAGES], generator)
+
+    config = vae_mnist.Config(seed=args.seed)
+    torch.manual_seed(vae_mnist.seed_of(config.seed))
+    model = vae_mnist.VAE(config.latent_dim)
+    parameters = sum(p.numel() for p in model.parameters())
+    model.mean_image.copy_(vae_mnist.to_pixels(images["train"]).mean(0))
+    started = time.monotonic()
+    train_mnist(model, grey, config, 60 * args.minutes)
+    vae_mnist.fit_prior(model, images, config)
+    seconds = time.monotonic() - started
+
+    scores, per_image = vae_mnist.evaluate(model, test, config, refine=True)
+    bounds = measure.measure_iwae(vae_mnist, model, test, per_image, config.seed)
+    row = {
+        "neg_elbo": scores["neg_elbo"],
+        "iwae": bounds["iwae"],
+        "iwae_neg_elbo": bounds["iwae_neg_elbo"],  # on the same images as iwae
+        "iwae_images": bounds["iwae_images"],
+        "seconds": seconds,  # of training and fitting the prior
+        "parameters": parameters,
+        "seed": config.seed,
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps(row))
+
+
 COMMANDS: dict[str, Callable[[str, Namespace], None]] = {
     "speed": speed,
     "peers": peers,
     "samples": samples,
+    "mnist": mnist,
 }
 
 
@@ -499,7 +578,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("command", choices=tuple(COMMANDS))
-    add("kind", choices=tuple(TWINS))
+    add("kind", choices=tuple(TWINS), nargs="?", default="digits", help="[%(default)s]")
     add("--data", type=Path, required=True, help="the images")
     add("--out", type=Path, metavar="DIR", help="for samples: the script's --out")
     add("--lambda", type=float, default=1.0, dest="kl_weight", help="for samples [%(default)g]")
@@ -509,6 +588,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--seconds", type=float, default=300.0, help="for peers: training of each [%(default)g]")
     add("--epochs", type=int, help="for peers: of our training [the script's default]")
     add("--rounds", type=int, default=5, help="for speed [%(default)s]")
+    add("--minutes", type=float, default=15.0, help="for mnist: of training [%(default)g]")
+    add("--seed", type=int, default=0, help="for mnist [%(default)s]")
     add("--images", type=int, default=2000, help="for speed: an epoch's [%(default)s]")
     args = parser.parse_args(argv)
     try:
