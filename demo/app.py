@@ -105,6 +105,7 @@ class News:
         self.tokenize = transformer.make_tokenizer(self.checkpoint["settings"]["tokenizer"])
         self.heads = self.checkpoint["settings"]["nhead"]
         self.classes = self.checkpoint["classes"]
+        self.ece = self.checkpoint["metrics"]["ece"]
 
     def probabilities(self, texts: list[Tensor]) -> Tensor:
         """The class probabilities (N, C) of encoded texts, averaged over the models."""
@@ -120,13 +121,14 @@ class News:
         tokens = transformer.split_text(columns, self.tokenize)
         if not tokens:
             raise page_error("Type a title or a description first.")
-        text = self.vocabulary.encode(tokens)  # (T, 3)
-        words = [token.word for token in tokens[: len(text)]]
+        text = self.vocabulary.encode(tokens)  # (T, 4)
+        tokens = tokens[: len(text)]
+        words = [token.word for token in tokens]
 
         [probabilities] = self.probabilities([text])
         names = [AG_NEWS_CLASSES.get(name, name) for name in self.classes]
         attention = self.attention_received(text, head)
-        drop = self.drop_by_deletion(text, probabilities)
+        drop = self.drop_by_deletion(tokens, probabilities)
         return Answer(
             dict(zip(names, probabilities.tolist(), strict=True)),
             shade("Attention received in the last layer", words, attention, ORANGE),
@@ -144,14 +146,14 @@ class News:
         by_head = torch.stack(received).mean(0)  # (nhead, T)
         return by_head.mean(0) if head == "mean" else by_head[int(head) - 1]
 
-    def drop_by_deletion(self, text: Tensor, probabilities: Tensor) -> Tensor:
+    def drop_by_deletion(self, tokens: list[transformer.Token], probabilities: Tensor) -> Tensor:
         """How much less probable the predicted class is without each token, (T,)."""
-        if len(text) == 1:
+        if len(tokens) == 1:
             return torch.zeros(1)  # nothing would be left to classify
 
         shortened = []
-        for i in range(len(text)):
-            shortened.append(torch.cat([text[:i], text[i + 1 :]]))
+        for i in range(len(tokens)):
+            shortened.append(self.vocabulary.encode(tokens[:i] + tokens[i + 1 :]))
         predicted = probabilities.argmax()
         return probabilities[predicted] - self.probabilities(shortened)[:, predicted]
 
@@ -199,7 +201,9 @@ def news_tab(news: News) -> None:
     """Lay out the tab of news."""
     gr.Markdown(
         f"{len(news.models)} Transformers, each trained without a part of the texts, classify a "
-        "text. A word may receive attention (orange) and yet change nothing (blue)."
+        "text. A word may receive attention (orange) and yet change nothing (blue). On texts that "
+        f"the models were not trained on, the probability of the answer is {news.ece:.1%} from the "
+        "share of right answers (expected calibration error)."
     )
     answer = news.classify_text(*EXAMPLES[0], "mean")
     with gr.Row():

@@ -26,6 +26,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 sys.path[:0] = [str(ROOT / "demo")]
 import app
 
+import transformer
+
 SMALL = {
     "transformer": "--epochs 1 --folds 2 --vectors none",
     "vae_mnist": "--limit 40 --epochs 2 --latent-dim 6",
@@ -104,6 +106,25 @@ def test_a_text_is_classified_and_shaded(page):
 
     page.locator("span", has_text="zanzibar").first.wait_for()
     assert page.locator("span", has_text="zanzibar").count() == 2  # by attention and by deletion
+
+
+def test_the_calibration_error_is_shown(page, runs):
+    metrics = json.loads((runs / "transformer" / "metrics.json").read_text())
+    page.get_by_role("tab", name="News").click()
+    page.get_by_text(f"{metrics['ece']:.1%} from the share of right answers").wait_for()
+
+
+def test_without_a_word_its_pairs_are_gone(runs):
+    """The drop of each word is that of the text typed without it."""
+    news = app.News(runs / "transformer")
+    words = ["oil", "prices", "fell", "on", "monday"]
+    tokens = transformer.split_text([" ".join(words), ""], news.tokenize)
+    [whole] = news.probabilities([news.vocabulary.encode(tokens)])
+    drop = news.drop_by_deletion(tokens, whole)
+    for i in range(len(words)):
+        typed = " ".join(words[:i] + words[i + 1 :])
+        [without] = transformer.classify(news.models, news.checkpoint, [[typed, ""]])
+        assert drop[i].item() == pytest.approx((whole - without)[whole.argmax()].item(), abs=1e-6)
 
 
 def test_a_csv_comes_back_as_a_submission(page):
