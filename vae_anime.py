@@ -1012,7 +1012,7 @@ def plot_sweep(config: Config, metrics: dict[str, dict], images: dict[str, Tenso
             curves.plot(history["epoch"], history[f"validation_{term}"], ".-", label=term)
         curves.set(xlabel="epoch", ylabel="nats per image")
         curves.set_title("validation", fontsize=9)
-        curves.legend()
+        curves.legend(fontsize=7)
     write_file(config.out / "lambda-sheet.png", figure.savefig)
 
 

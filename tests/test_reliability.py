@@ -8,7 +8,6 @@ import functools
 import json
 import os
 import re
-import resource
 import runpy
 import shlex
 import shutil
@@ -25,6 +24,8 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+
+resource = pytest.importorskip("resource", reason="Windows has no such module")
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"

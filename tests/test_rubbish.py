@@ -9,7 +9,6 @@ import gzip
 import io
 import os
 import re
-import resource
 import sys
 import tempfile
 import zipfile
@@ -24,6 +23,8 @@ import torch
 from hypothesis import example, given
 from PIL import Image
 from torch import Generator
+
+resource = pytest.importorskip("resource", reason="Windows has no such module")
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
