@@ -101,7 +101,8 @@ DIMENSIONS = 3 * SIZE * SIZE
 WIDTH = 64  # channels of the network of the detail latents
 DETAIL_CHANNELS = 8  # of each group of detail latents
 DETAIL_SIZES = (8, 8, 8, 16, 16)  # rows and columns of each group
-PRIOR_COMPONENTS = 16  # 64 would memorize the training latents
+PRIOR_COMPONENTS = 16  # at most; 64 would memorize the training latents
+IMAGES_PER_COMPONENT = 450  # at least
 
 # Noise
 COARSE_SIGMA = 0.15  # of the coarse image's own likelihood; a larger one asks less of z
@@ -399,7 +400,10 @@ class Upsample(nn.Sequential):
 
 # Same in vae_mnist.py
 def diagonal_gaussian(mu: Tensor, logvar: Tensor) -> D.Independent:
-    """N(μ, diag σ²) for each item of a batch, in float32. σ is at least e^-5: the KL is ∞ at 0."""
+    """N(μ, diag σ²) for each item of a batch, in float32. σ is at least e^-5: the KL is ∞ at 0.
+
+    It is at most e^2.5.
+    """
     sigma = (0.5 * logvar.float().clamp(-10.0, 5.0)).exp()
     return D.Independent(D.Normal(mu.float(), sigma, validate_args=False), mu.dim() - 1)
 
@@ -775,7 +779,8 @@ def fit_prior(model: VAE, images: dict[str, Tensor], config: Config) -> None:
     noise = torch.randn(4, *mu.shape, generator=random_generator(config.seed, "prior"))
     z = mu + per_image["variance"].sqrt() * noise  # four latents for each image, (4, N, k)
 
-    mixture = GaussianMixture(PRIOR_COMPONENTS, reg_covar=1e-3, random_state=0)
+    components = max(1, min(PRIOR_COMPONENTS, len(mu) // IMAGES_PER_COMPONENT))
+    mixture = GaussianMixture(components, reg_covar=1e-3, random_state=0)
     mixture.fit(z.flatten(0, 1).double().numpy())
     fitted = MixturePrior(
         torch.from_numpy(mixture.weights_),
@@ -789,6 +794,9 @@ def fit_prior(model: VAE, images: dict[str, Tensor], config: Config) -> None:
     improved = after["neg_elbo"] < before["neg_elbo"]
     if not improved:
         model.prior = normal
+    outcome = "better" if improved else "no better; N(0, I) stays"
+    scores = f"{before['neg_elbo']:.2f} -> {after['neg_elbo']:.2f} nats"
+    log(f"prior     mixture of {components}: validation -ELBO {scores}, {outcome}")
 
 
 # Evaluation ---------------------------------------------------------------------------------------
@@ -915,13 +923,15 @@ def show(axes: Axes, image: np.ndarray, title: str) -> None:
 def plot_images(model: VAE, real: Tensor, per_image: dict[str, Tensor], config: Config) -> None:
     """Draw reconstructions.png, samples.png and interpolation.png; the last also as an npz file."""
     figure, (left, right) = new_figure(2)
-    show(left, tile(real[:64], 8), f"real, λ = {config.kl_weight:g}")
-    show(right, tile(per_image["reconstructed"][:64], 8), "reconstructed")
+    show(left, tile(real[:64], 8), "test images")
+    reconstructed = per_image["reconstructed"][:64]
+    show(right, tile(reconstructed, 8), f"reconstructed, λ = {config.kl_weight:g}")
     write_file(config.folder / "reconstructions.png", figure.savefig)
 
     figure, [axes] = new_figure(1)
     samples = sample_images(model, 100, config.seed, config.temperature)
-    show(axes, tile(samples, 10), f"λ = {config.kl_weight:g}, temperature {config.temperature:g}")
+    title = f"samples, λ = {config.kl_weight:g}, temperature {config.temperature:g}"
+    show(axes, tile(samples, 10), title)
     write_file(config.folder / "samples.png", figure.savefig)
 
     figure, [axes] = new_figure(1)
@@ -929,7 +939,8 @@ def plot_images(model: VAE, real: Tensor, per_image: dict[str, Tensor], config: 
     for i in range(0, min(16, len(real) - 1), 2):
         between = interpolate(model, real[i : i + 2], torch.linspace(0, 1, 10))
         rows.append(torch.cat([real[i : i + 1], between, real[i + 1 : i + 2]]))
-    show(axes, tile(torch.cat(rows), 12), "real | from one reconstruction to the other | real")
+    title = f"real | from one reconstruction to the other, λ = {config.kl_weight:g} | real"
+    show(axes, tile(torch.cat(rows), 12), title)
     write_file(config.folder / "interpolation.png", figure.savefig)
     walks = torch.stack(rows).permute(0, 1, 3, 4, 2)  # (rows, 12, 64, 64, 3)
     write_file(config.folder / "interpolation.npz", partial(np.savez_compressed, image=walks))
@@ -941,19 +952,21 @@ def plot_posterior(real: Tensor, per_image: dict[str, Tensor], config: Config) -
     i = config.image % len(real)
     order = per_image["variance"][i].argsort()
     spread = per_image["mu"].var(dim=0, correction=0).sort(descending=True).values
-    figure, (pair, means, variances, active) = new_figure(4)
+    figure = Figure(figsize=(8, 6.8), dpi=200, layout="constrained")
+    pair, means, variances, active = figure.subplots(2, 2).flat
 
     images = torch.stack([real[i], per_image["reconstructed"][i]])
     show(pair, tile(images, 2), f"test image {i} | reconstructed, λ = {config.kl_weight:g}")
 
     means.bar(range(len(order)), per_image["mu"][i, order].numpy(), width=1.0)
     means.axhline(0, color="tab:red", label="N(0, I)")
-    means.set(xlabel="dimension of z, by variance", ylabel="mean of q(z|x)", ylim=(-5, 5))
+    means.set(xlabel="dimension of z, by variance", ylabel="mean of q(z|x), cut at ±5")
+    means.set(ylim=(-5, 5))
 
-    variances.bar(range(len(order)), per_image["variance"][i, order].numpy(), width=1.0)
+    variances.plot(per_image["variance"][i, order].numpy(), ".")
     variances.axhline(1, color="tab:red", label="N(0, I)")
     variances.set(xlabel="dimension of z, by variance", ylabel="variance of q(z|x)")
-    variances.set(yscale="log", ylim=(1e-9, 10))
+    variances.set(yscale="log", ylim=(1e-5, 10))
 
     active.semilogy(spread.clamp_min(1e-8))
     active.axhline(ACTIVE_VARIANCE, color="tab:red", label=f"active above {ACTIVE_VARIANCE}")
@@ -971,7 +984,8 @@ def plot_learning_curve(history: pd.DataFrame, config: Config) -> None:
     figure, panels = new_figure(len(TERMS))
     for axes, term in zip(panels, TERMS, strict=True):
         axes.plot(history["epoch"], history[f"train_{term}"], ".-", label="training")
-        axes.plot(history["epoch"], history[f"validation_{term}"], ".-", label="validation")
+        axes.plot(history["epoch"], history[f"validation_{term}"], ".--", label="validation")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(title=f"{term}, λ = {config.kl_weight:g}", xlabel="epoch", ylabel="nats per image")
         axes.legend()
     write_file(config.folder / "learning-curve.png", figure.savefig)
@@ -997,23 +1011,28 @@ def plot_sweep(config: Config, metrics: dict[str, dict], images: dict[str, Tenso
         pairs = torch.stack([real, per_image["reconstructed"]], dim=1).flatten(0, 1)
         show(reconstructions, tile(pairs, 6), f"λ = {kl_weight}\nreal and reconstructed")
         sampled = sample_images(model, 36, config.seed, config.temperature)
-        show(samples, tile(sampled, 6), f"samples, temperature {config.temperature:g}")
+        prior = "N(0, I)" if isinstance(model.prior, NormalPrior) else "the fitted prior"
+        show(samples, tile(sampled, 6), f"samples of {prior}")
         walk = torch.from_numpy(np.load(config.folder / "interpolation.npz")["image"])
         walk = walk[:6, 1:11:2].permute(0, 1, 4, 2, 3).flatten(0, 1)
         show(walks, tile(walk, 5), "interpolations")
 
         variance = per_image["variance"].mean(dim=0).sort().values
-        variances.bar(range(len(variance)), variance.numpy(), width=1.0)
-        variances.set(yscale="log", ylim=(1e-9, 10), xlabel="dimension of z, sorted")
-        variances.set_title("mean posterior variance", fontsize=9)
+        variances.plot(variance.numpy(), ".")
+        variances.axhline(1, color="tab:red", label="N(0, I)")
+        variances.set(yscale="log", ylim=(1e-5, 10), xlabel="dimension of z, sorted")
+        variances.set_title(f"variance of q(z|x), mean of {len(real)}", fontsize=9)
+        variances.legend(fontsize=7)
 
         history = pd.read_csv(config.folder / "history.csv")
         for term in ("reconstruction", "kl"):
             curves.plot(history["epoch"], history[f"validation_{term}"], ".-", label=term)
+        curves.xaxis.get_major_locator().set_params(integer=True)
         curves.set(xlabel="epoch", ylabel="nats per image")
         curves.set_title("validation", fontsize=9)
         curves.legend(fontsize=7)
     write_file(config.out / "lambda-sheet.png", figure.savefig)
+    log(f"wrote     {config.out}/lambda-sheet.png, sweep.csv")
 
 
 # Runs: one folder per λ ---------------------------------------------------------------------------

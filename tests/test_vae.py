@@ -277,6 +277,7 @@ def fit_prior_to(twin, latents: torch.Tensor, components: int, monkeypatch):
 
     monkeypatch.setattr(twin, "evaluate", evaluate)
     monkeypatch.setattr(twin, "PRIOR_COMPONENTS", components)
+    monkeypatch.setattr(twin, "IMAGES_PER_COMPONENT", 1)
     twin.fit_prior(model, {"train": latents, "validation": latents}, twin.Config())
     return model.prior
 
@@ -293,6 +294,19 @@ def test_fit_finds_the_mixture_that_the_latents_come_from(twin, monkeypatch):
     torch.testing.assert_close(prior.weights, torch.full((3,), 1 / 3), atol=0.02, rtol=0)
     entropy = math.log(3) + 1 + math.log(2 * math.pi)  # of the three Gaussians, far apart
     assert log_mixture(prior, latents).mean() == pytest.approx(-entropy, abs=0.05)
+
+
+@each_twin
+def test_few_images_get_few_components_and_the_outcome_is_printed(twin, monkeypatch, capsys):
+    model = torch.nn.Module()
+    model.mean_image = torch.zeros(1)
+    model.prior = twin.NormalPrior(2)
+    latents = torch.randn(2 * twin.IMAGES_PER_COMPONENT + 1, 2)
+    per_image = {"mu": latents, "variance": torch.zeros_like(latents)}
+    monkeypatch.setattr(twin, "evaluate", lambda *_: ({"neg_elbo": 7.0}, per_image))
+    twin.fit_prior(model, {"train": latents, "validation": latents}, twin.Config())
+    expected = "mixture of 2: validation -ELBO 7.00 -> 7.00 nats, no better; N(0, I) stays"
+    assert expected in capsys.readouterr().out
 
 
 @each_twin
