@@ -17,7 +17,7 @@ import sys
 import tempfile
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -74,6 +74,8 @@ BLUE = "30, 120, 220"
 # Digits and faces
 EXAMPLE_IMAGES = 12
 SAMPLES = 36
+WALK_STOPS = 8  # examples that a walk leads along
+WALK_STEPS = 10  # images from one to the next
 SLIDERS = 5
 PRIOR_SAMPLES = 1000  # to find the directions in which the prior varies most
 PICTURE_WIDTH = 800  # pixels on the page, about
@@ -82,8 +84,6 @@ PICTURE_WIDTH = 800  # pixels on the page, about
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
 listen = partial(gr.on, trigger_mode="always_last")  # of quick changes, answer the last one
 page_error = partial(gr.Error, print_exception=False)
-Picture = partial(gr.Image, interactive=False, buttons=["download", "fullscreen"])
-Upload = partial(gr.Image, type="filepath", height=260, sources=["upload"])
 Seed = partial(gr.Number, 0, label="Seed", precision=0, minimum=0, maximum=2**31)
 
 
@@ -278,7 +278,7 @@ class ImageRuns:
         self.examples = self.save_examples()
 
     def save_examples(self) -> list[str]:
-        """Save the first images of the run's data, or of the script's if that has moved away."""
+        """Save some images of the run's data, or of the script's if that has moved away."""
         try:
             config = json.loads((self.folder(self.start) / "config.json").read_text())
             data = config["settings"]["data"]
@@ -287,6 +287,7 @@ class ImageRuns:
         given = Path(data) if data and Path(data).exists() else None
         path = self.script.find_data(given)
         images, _ = self.script.load_images(path, self.fits[self.start])
+        images = images[:: max(1, len(images) // EXAMPLE_IMAGES)]  # of all folders
 
         folder = Path(tempfile.mkdtemp())
         paths = []
@@ -331,6 +332,22 @@ class ImageRuns:
         images = self.script.sample_images(model, SAMPLES, int(seed), temperature)
         return self.picture(images, columns=6)
 
+    def interpolate(
+        self, kl_weight: str, first: str | None, last: str | None, share: float
+    ) -> Image.Image:
+        """A point on the way from the latents of one picture to those of another."""
+        t = torch.tensor([float(share)])
+        return self.picture(self.between(kl_weight, first, last, t), columns=1)
+
+    def walk(self, kl_weight: str) -> Image.Image:
+        """A walk along the examples: a row for the way from each one to the next."""
+        stops = self.examples[:WALK_STOPS]
+        t = torch.linspace(0, 1, WALK_STEPS)
+        rows = []
+        for first, last in zip(stops, stops[1:] + stops[:1], strict=True):
+            rows.append(self.between(kl_weight, first, last, t))
+        return self.picture(torch.cat(rows), columns=WALK_STEPS)
+
     @torch.no_grad()
     def reconstruct(self, kl_weight: str, path: str | None) -> Image.Image:
         """The visitor's picture beside its reconstruction."""
@@ -349,8 +366,9 @@ class ImageRuns:
         means.axhline(0, color="tab:red", linewidth=1)
         means.set(title="mean of q(z|x), N(0, I) red", xlabel="dimension of z")
 
-        variances.bar(dimensions, q.variance[0].numpy(), width=1.0)
+        variances.plot(q.variance[0].numpy(), ".")
         variances.axhline(1, color="tab:red", linewidth=1)
+        variances.set(yscale="log", ylim=(1e-5, 10))
         variances.set(title="variance of q(z|x), N(0, I) red", xlabel="dimension of z")
         return figure
 
@@ -377,15 +395,12 @@ class DigitRuns(ImageRuns):
         z = q.mean + torch.tensor(steps, dtype=torch.float32) @ self.directions[kl_weight]
         return self.picture(vae_mnist.decode_images(self.models[kl_weight], z), columns=1)
 
-    def interpolate(
-        self, kl_weight: str, first: str | None, last: str | None, share: float
-    ) -> Image.Image:
-        """Decode a point on the line between the latents of two pictures."""
+    def between(self, kl_weight: str, first: str | None, last: str | None, t: Tensor) -> Tensor:
+        """Decode points on the line between the latents of two pictures, for t (T,) in [0, 1]."""
         _, q_first = find_posterior(self, kl_weight, first)
         _, q_last = find_posterior(self, kl_weight, last)
         mu = torch.cat([q_first.mean, q_last.mean])
-        images = vae_mnist.interpolate(self.models[kl_weight], mu, torch.tensor([float(share)]))
-        return self.picture(images, columns=1)
+        return vae_mnist.interpolate(self.models[kl_weight], mu, t)
 
 
 class FaceRuns(ImageRuns):
@@ -414,15 +429,12 @@ class FaceRuns(ImageRuns):
         image = vae_anime.to_uint8(model.decode(z, noise))
         return self.picture(image, columns=1)
 
-    def interpolate(
-        self, kl_weight: str, first: str | None, last: str | None, share: float
-    ) -> Image.Image:
-        """Decode a point on the walk between the latents of two pictures."""
+    def between(self, kl_weight: str, first: str | None, last: str | None, t: Tensor) -> Tensor:
+        """Decode points on the walk between the latents of two pictures, for t (T,) in [0, 1]."""
         x_first, _ = find_posterior(self, kl_weight, first)
         x_last, _ = find_posterior(self, kl_weight, last)
         pair = vae_anime.to_uint8(torch.cat([x_first, x_last]))
-        image = vae_anime.interpolate(self.models[kl_weight], pair, torch.tensor([float(share)]))
-        return self.picture(image, columns=1)
+        return vae_anime.interpolate(self.models[kl_weight], pair, t)
 
 
 @lru_cache(maxsize=256)  # each move of a slider asks for the same one
@@ -447,8 +459,32 @@ def images_tab(runs: ImageRuns) -> None:
         samples_tab(runs, kl_weight)
     with gr.Tab("Reconstruction"), gr.Row():
         reconstruction_tab(runs, kl_weight)
-    with gr.Tab("Interpolation"):
-        interpolation_tab(runs, kl_weight)
+    with gr.Tab("Walk"):
+        walk_tab(runs, kl_weight)
+
+
+def add_picture(value: Image.Image | None, label: str, height: int) -> gr.Image:
+    """Add a picture with its label above it; Gradio's own label would cover a corner."""
+    with gr.Column():
+        gr.Markdown(label)
+        return gr.Image(
+            value,
+            label=label,
+            show_label=False,
+            height=height,
+            interactive=False,
+            buttons=["download", "fullscreen"],
+        )
+
+
+def unless_removed(answer: Callable) -> Callable:
+    """Leave the page as it is while a picture is removed and the next one not yet chosen."""
+
+    @wraps(answer)
+    def answer_or_skip(*inputs: object) -> object:
+        return gr.skip() if None in inputs else answer(*inputs)
+
+    return answer_or_skip
 
 
 def samples_tab(runs: ImageRuns, kl_weight: gr.Radio) -> None:
@@ -459,7 +495,7 @@ def samples_tab(runs: ImageRuns, kl_weight: gr.Radio) -> None:
         button = gr.Button(f"Sample {SAMPLES}", variant="primary")
 
     first = runs.sample(runs.start, 0, runs.temperature)
-    samples = Picture(first, label="Samples from the prior", height=540)
+    samples = add_picture(first, label="Samples from the prior", height=540)
 
     events = [button.click, seed.submit, temperature.release, kl_weight.input]
     listen(events, runs.sample, [kl_weight, seed, temperature], samples)
@@ -474,14 +510,14 @@ def reconstruction_tab(runs: ImageRuns, kl_weight: gr.Radio) -> None:
     with gr.Column():
         chosen = image_picker(runs, example, label="Picture")
         first = runs.reconstruct(runs.start, example)
-        pair = Picture(first, label="Picture and reconstruction", height=260)
+        pair = add_picture(first, label="Picture and reconstruction", height=260)
 
     with gr.Column():
         first = runs.move(runs.start, example, *unmoved)
-        moved = Picture(first, label="Its latent, moved by the sliders", height=260)
+        moved = add_picture(first, label="Its latent, moved by the sliders", height=260)
         sliders = []
         for i in range(count):
-            sliders.append(gr.Slider(-3, 3, 0, step=0.1, label=f"Direction {i + 1}, in σ"))
+            sliders.append(gr.Slider(-3, 3, 0, step=0.1, label=f"Direction {i + 1} (σ)"))
         posterior = gr.Plot(runs.plot_posterior(runs.start, example), show_label=False)
 
     def show(kl_weight: str, path: str | None) -> dict:
@@ -494,28 +530,37 @@ def reconstruction_tab(runs: ImageRuns, kl_weight: gr.Radio) -> None:
         return shown | dict.fromkeys(sliders, 0.0)
 
     events = [chosen.change, kl_weight.input]
-    listen(events, show, [kl_weight, chosen], [pair, moved, posterior, *sliders])
+    outputs = [pair, moved, posterior, *sliders]
+    listen(events, unless_removed(show), [kl_weight, chosen], outputs)
 
     events = [slider.input for slider in sliders]
-    listen(events, runs.move, [kl_weight, chosen, *sliders], moved)
+    listen(events, unless_removed(runs.move), [kl_weight, chosen, *sliders], moved)
 
 
-def interpolation_tab(runs: ImageRuns, kl_weight: gr.Radio) -> None:
+def walk_tab(runs: ImageRuns, kl_weight: gr.Radio) -> None:
     share = gr.Slider(0, 1, 0.5, step=0.02, label="Way from the first to the second")
+    middle = runs.interpolate(runs.start, *runs.examples[:2], 0.5)
+    between = add_picture(middle, label="Between", height=260)
     with gr.Row():
         first = image_picker(runs, runs.examples[0], label="From")
         last = image_picker(runs, runs.examples[1], label="To")
-        middle = runs.interpolate(runs.start, *runs.examples[:2], 0.5)
-        between = Picture(middle, label="Between", height=260)
 
     events = [first.change, last.change, share.input, kl_weight.input]
-    listen(events, runs.interpolate, [kl_weight, first, last, share], between)
+    inputs = [kl_weight, first, last, share]
+    listen(events, unless_removed(runs.interpolate), inputs, between)
+
+    button = gr.Button(f"Walk along {WALK_STOPS} pictures")
+    walk = add_picture(None, label="From each picture to the next, a row each", height=640)
+    button.click(runs.walk, kl_weight, walk)
 
 
 def image_picker(runs: ImageRuns, path: str, label: str) -> gr.Image:
     """A picture that a visitor uploads, or takes from the examples below it."""
     with gr.Column():
-        image = Upload(path, label=label)
+        gr.Markdown(label)
+        image = gr.Image(
+            path, label=label, show_label=False, type="filepath", height=260, sources=["upload"]
+        )
         # Gradio's own preprocessing opens the file, and raises what it likes.
         image.preprocess = path_of_upload
         gr.Examples(runs.examples, image, label="or one of these", examples_per_page=EXAMPLE_IMAGES)

@@ -163,7 +163,7 @@ def test_pictures_move(page, name):
     page.locator('input[type="range"] >> visible=true').first.fill("3")
     wait_for_change(page, "Its latent, moved", before)
 
-    page.locator('role=tab[name="Interpolation"] >> visible=true').click()
+    page.locator('role=tab[name="Walk"] >> visible=true').click()
     before = picture_under(page, "Between")
     page.locator('input[type="range"] >> visible=true').first.fill("1")
     wait_for_change(page, "Between", before)
