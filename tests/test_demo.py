@@ -84,7 +84,8 @@ def page(runs):
 
 def picture_under(page, label):
     """The address of the picture under `label`, once there is one."""
-    picture = page.locator(f'.block:has-text("{label}") img >> visible=true').last
+    column = page.locator(f'.column:has-text("{label}") >> visible=true').last
+    picture = column.locator("img")
     picture.wait_for()
     return picture.get_attribute("src")
 
@@ -167,6 +168,9 @@ def test_pictures_move(page, name):
     before = picture_under(page, "Between")
     page.locator('input[type="range"] >> visible=true').first.fill("1")
     wait_for_change(page, "Between", before)
+
+    page.locator('button:has-text("Walk along 8") >> visible=true').click()
+    picture_under(page, "From each picture to the next")
 
 
 def test_another_picture_sets_the_sliders_back(page):
