@@ -112,6 +112,7 @@ ADAM_BETAS = (0.9, 0.99)
 # Once a large λ has silenced the detail latents, their gradients are nearly 0. With Adam's usual ε
 # of 1e-8 it would still take full steps, until the KL explodes.
 ADAM_EPSILON = 1e-2
+FEW_STEPS = 1000
 MAX_GRAD_NORM = 3000.0
 
 # Evaluation
@@ -235,7 +236,8 @@ def load_pictures(path: Path, fit: str) -> tuple[Tensor, str]:
         lines = []
         for why, names in unread.items():
             count = f"{len(names)} of {len(files)} files"
-            lines.append(f"{count} cannot be read, such as {names[0]!r}: {why}")
+            some = ", ".join(map(repr, names[:5]))
+            lines.append(f"{count} cannot be read, such as {some}: {why}")
         if not pictures:
             raise ValueError("; ".join(["no picture in it", *lines[:1]]))
         for line in lines:
@@ -1104,6 +1106,9 @@ def run_models(config: Config, kl_weights: list[float]) -> dict:
     if config.batch_size % WORLD_SIZE > 0:
         raise UserError(f"--batch-size {config.batch_size}: give a multiple of {WORLD_SIZE}")
     steps = config.epochs * count_batches(images["train"], config)  # per model
+    if steps < FEW_STEPS:
+        advice = "give a smaller --batch-size or more --epochs for better images"
+        log(f"hint      only {steps} steps of training; {advice}")
 
     metrics = {}
     total = steps * len(kl_weights)

@@ -947,7 +947,7 @@ def test_faces_of_other_kinds_are_converted_skipped_and_counted(here, capsys):
     images, _ = vae_anime.load_images(Path("mixed.zip"))
     printed = capsys.readouterr().out
     assert len(images) == 20 + len(readable)
-    assert "2 of 30 files cannot be read, such as 'a/broken.png': none of PNG, JPEG" in printed
+    assert "2 of 30 files cannot be read, such as 'a/broken.png', 'a/notes.txt': none of" in printed
     assert "1 of 30 files cannot be read, such as 'a/huge.png': more than" in printed
     assert "1 of 30 files cannot be read, such as 'a/huger.png': Image size exceeds" in printed
     assert "2 of 26 are not square: --fit squeeze" in printed
