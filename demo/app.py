@@ -408,7 +408,7 @@ class FaceRuns(ImageRuns):
     subject = "anime faces, with hierarchical latents"
     note = (
         "The sliders change z, and with it colours, light and pose; a face keeps its detail. "
-        "An interpolation changes both, and starts and ends at the reconstructions."
+        "A walk changes both, and starts and ends at the reconstructions."
     )
 
     def posterior(self, kl_weight: str, x: Tensor) -> Independent:
