@@ -1023,7 +1023,7 @@ def plot_sweep(config: Config, metrics: dict[str, dict], images: dict[str, Tenso
         variances.plot(variance.numpy(), ".")
         variances.axhline(1, color="tab:red", label="N(0, I)")
         variances.set(yscale="log", ylim=(1e-5, 10), xlabel="dimension of z, sorted")
-        variances.set_title(f"variance of q(z|x), mean of {len(real)}", fontsize=9)
+        variances.set_title("variance of q(z|x)", fontsize=9)
         variances.legend(fontsize=7)
 
         history = pd.read_csv(config.folder / "history.csv")

@@ -21,12 +21,14 @@ def read_cells(source: str) -> list[dict]:
     for block in source.split("\n# %%")[1:]:
         marker, _, text = block.partition("\n")
         lines = text.strip("\n").split("\n")
+
         cell = {"id": f"cell-{len(cells) + 1}", "metadata": {}}
         if marker.strip() == "[markdown]":
             lines = [line.removeprefix("#").removeprefix(" ") for line in lines]
             cell["cell_type"] = "markdown"
         else:
             cell |= {"cell_type": "code", "execution_count": None, "outputs": []}
+
         cell["source"] = "\n".join(lines).splitlines(keepends=True)
         cells.append(cell)
     return cells
