@@ -1013,8 +1013,8 @@ def plot_sweep(config: Config, metrics: dict[str, dict], images: dict[str, Tenso
         pairs = torch.stack([real, per_image["reconstructed"]], dim=1).flatten(0, 1)
         show(reconstructions, tile(pairs, 6), f"λ = {kl_weight}\nreal and reconstructed")
         sampled = sample_images(model, 36, config.seed, config.temperature)
-        prior = "N(0, I)" if isinstance(model.prior, NormalPrior) else "the fitted prior"
-        show(samples, tile(sampled, 6), f"samples of {prior}")
+        prior = "N(0, I)" if isinstance(model.prior, NormalPrior) else "fitted prior"
+        show(samples, tile(sampled, 6), f"samples, {prior}")
         walk = torch.from_numpy(np.load(config.folder / "interpolation.npz")["image"])
         walk = walk[:6, 1:11:2].permute(0, 1, 4, 2, 3).flatten(0, 1)
         show(walks, tile(walk, 5), "interpolations")
