@@ -720,6 +720,7 @@ def train(
         order = torch.randperm(len(train_images), generator=random_generator(config.seed, epoch))
         order = order.to(device)
         totals = torch.zeros(3, device=device)
+        is_finite = torch.ones((), dtype=torch.bool, device=device)
 
         for batch in order.split(config.batch_size)[:batches_per_epoch]:
             mirrors = random_generator(config.seed, epoch, step, device=device)
@@ -734,7 +735,8 @@ def train(
             # A large λ scales up all gradients. ADAM_EPSILON and MAX_GRAD_NORM need one scale.
             objective = (loss + coarse.mean()) / max(1.0, config.kl_weight)
             objective.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            is_finite &= torch.isfinite(loss + grad_norm)
             optimizer.param_groups[0]["lr"] = learning_rate(step, total_steps, config.lr)
             optimizer.step()
 
@@ -742,10 +744,10 @@ def train(
             step += 1
             bar.update()
 
-        # Checked once per epoch: a GPU has to wait whenever the host looks at its numbers.
+        # Looked at once per epoch: a GPU has to wait whenever the host looks at its numbers.
         validation, _ = evaluate(model, images["validation"], config)
-        if not math.isfinite(validation["loss"]):
-            raise UserError(f"the loss is not finite after epoch {epoch + 1}. Lower --lr")
+        if not is_finite or not math.isfinite(validation["loss"]):
+            raise UserError(f"the loss is not finite in epoch {epoch + 1}. Lower --lr")
         row = {"epoch": epoch + 1, "seconds": time.monotonic() - started}
         for i, term in enumerate(TERMS):
             row[f"train_{term}"] = totals[i].item() / batches_per_epoch

@@ -1506,9 +1506,9 @@ IN_DIGITS = [
 IN_FACES = [
     Case("no picture", save_no_picture, "", "'a.txt': none of PNG, JPEG"),
     Case("none readable", save_broken_picture, "", "1 of 1 files cannot be read, such as 'a.png'"),
-    Case("truncated", truncate_pictures, "", "'0.jpg': image file is truncated. Give a zip file"),
+    Case("truncated", truncate_pictures, "", "'2.jpg': image file is truncated. Give a zip file"),
     Case("nested", put_the_zip_into_a_zip, "", "such as 'inner.zip': none of PNG, JPEG"),
-    Case("other compression", compress_otherwise, "", "'data/0.png': That compression method"),
+    Case("other compression", compress_otherwise, "", "'data/12.png': That compression method"),
     Case("blank", save_blank_faces, "", "each image is of one grey value"),
 ]
 CASES = [(vae_mnist, case) for case in IN_BOTH + IN_DIGITS]
