@@ -112,7 +112,7 @@ ADAM_BETAS = (0.9, 0.99)
 # Once a large λ has silenced the detail latents, their gradients are nearly 0. With Adam's usual ε
 # of 1e-8 it would still take full steps, until the KL explodes.
 ADAM_EPSILON = 1e-2
-FEW_STEPS = 1000
+FEW_STEPS = 1000  # with fewer, images stay blurred and the run gives a hint
 MAX_GRAD_NORM = 3000.0
 
 # Evaluation

@@ -101,7 +101,7 @@ IMAGES_PER_COMPONENT = 150  # at least
 
 # Optimization
 ADAM_BETAS = (0.9, 0.99)
-FEW_STEPS = 1000
+FEW_STEPS = 1000  # with fewer, images stay blurred and the run gives a hint
 MAX_GRAD_NORM = 200.0
 REFINE_STEPS = 80
 REFINE_LR = 0.05

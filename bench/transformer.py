@@ -341,7 +341,7 @@ def few(own: argparse.Namespace, text_set: TextSet) -> None:
         print_row([str(draw), f"{score:.4f}", f"{right:.4f}", f"{metrics['seconds']:.0f}"])
         scores.append(score)
 
-    spread = statistics.stdev(scores)
+    spread = statistics.stdev(scores) if len(scores) > 1 else math.nan
     print(f"\nmean {statistics.mean(scores):.4f}, standard deviation over draws {spread:.4f};")
     print(f"{share} rows of each class to learn from, {len(text_set.true)} texts to classify")
 

@@ -196,6 +196,12 @@ def read_measured(run):
     return json.loads(Path(run, "measured.json").read_text())
 
 
+def test_a_deleted_word_takes_its_right_neighbours_pair_with_it():
+    text = torch.arange(1, 17).view(4, 4)  # word, column, key and pair of four tokens
+    shorter = measure.keep_tokens(text, torch.tensor([0, 2, 3]))
+    assert shorter.tolist() == [[1, 2, 3, 4], [9, 10, 11, transformer.NO_KEY], [13, 14, 15, 16]]
+
+
 def test_transformer_is_measured(here):
     run(transformer, "--batch-size", "8", "--out", "run")
     measure.main(["transformer", "run"])
