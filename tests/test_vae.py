@@ -807,6 +807,13 @@ def test_without_resume_a_run_starts_over_and_keeps_the_earlier_one(twin, here):
 
 
 @each_twin
+def test_few_steps_of_training_are_a_hint(twin, here, capsys):
+    run(twin, "--epochs", "1")
+    printed = capsys.readouterr().out
+    assert re.search(r"hint      only \d+ steps of training; give a smaller --batch-size", printed)
+
+
+@each_twin
 @whole_run
 def test_evaluate_scores_a_file(twin, here, capsys):
     put_finished_run(twin)
