@@ -55,6 +55,7 @@ import statistics
 import struct
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from argparse import ArgumentParser, ArgumentTypeError
@@ -75,7 +76,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 from nltk.stem.snowball import EnglishStemmer
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -115,6 +118,18 @@ LSA_WIDTH = 32  # with more, training texts are memorized
 NO_BLANKS = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff]"
+)
+
+# What figures are drawn with: matplotlib's own font, and those of systems that have CJK characters
+FONTS = (
+    "DejaVu Sans",
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "WenQuanYi Zen Hei",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Arial Unicode MS",
 )
 
 # Training
@@ -1244,8 +1259,9 @@ def leave_results(config: Config, news: News, inputs: Inputs, folds: list[dict])
         write_table(config.out / "history.csv", history)
         write_predictions(config.out / "oof_predictions.csv", news, probabilities)
         write_submission(config.out / "submission.csv", news, folds)
-        plot_results(config.out / "learning-curve.png", history, news, probabilities)
-        plot_attentions(config, news, inputs, probabilities, folds)
+        with known_fonts():
+            plot_results(config.out / "learning-curve.png", history, news, probabilities)
+            plot_attentions(config, news, inputs, probabilities, folds)
 
     right = (probabilities.argmax(1) == news.labels).double()
     accuracy = right.mean().item()
@@ -1363,6 +1379,18 @@ def write_predictions(path: Path, news: News, probabilities: Tensor) -> None:
         "text": ["\t".join(text) for text in news.train.texts],
     }
     write_table(path, pd.DataFrame(table))
+
+
+@contextlib.contextmanager
+def known_fonts() -> Iterator[None]:
+    """Draw figures with the FONTS that are installed. Say so if they lack characters."""
+    installed = set(get_font_names())
+    fonts = [name for name in FONTS if name in installed]
+    with rc_context({"font.family": fonts}), warnings.catch_warnings(record=True) as caught:
+        yield
+    if any("missing from font" in str(warning.message) for warning in caught):
+        found = "no font for some characters, which figures show as boxes"
+        log(f"warning   {found}. Install one, such as Noto Sans CJK")
 
 
 def plot_results(path: Path, history: pd.DataFrame, news: News, probabilities: Tensor) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 SCRIPT = Path(__file__).resolve().parent.parent / "lab4" / "cvae.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -40,7 +41,7 @@ def new_model(config: cvae.Config) -> cvae.CVAE:
 
 def train_in_batches(verbs: cvae.Verbs, config: cvae.Config, words: int) -> int:
     """Train for one epoch with the script's own loop. Return how many words were spelled."""
-    cvae.train(new_model(config), verbs, config, checkpoint=None)
+    cvae.train(new_model(config), verbs, config, None, tqdm(disable=True))
     return 2 * len(verbs.train)
 
 

@@ -566,7 +566,9 @@ def update_average(average: CVAE, model: CVAE, step: int) -> None:
         averaged.lerp_(weight, 1 - decay)
 
 
-def train(model: CVAE, verbs: Verbs, config: Config, checkpoint: dict | None) -> tuple[CVAE, list]:
+def train(
+    model: CVAE, verbs: Verbs, config: Config, checkpoint: dict | None, bar: tqdm
+) -> tuple[CVAE, list]:
     """Train for config.epochs epochs, or those that are left. Return the average of the weights,
     which is what is scored and saved, and a row of losses and scores for each epoch."""
     average = copy.deepcopy(model)
@@ -582,7 +584,7 @@ def train(model: CVAE, verbs: Verbs, config: Config, checkpoint: dict | None) ->
     batches_per_epoch = math.ceil(len(forms) / config.batch_size)
     total_steps = config.epochs * batches_per_epoch
     step = len(history) * batches_per_epoch
-    bar = tqdm(total=total_steps, initial=step, unit="step", mininterval=2, file=sys.stdout)
+    bar.update(step)
 
     for epoch in range(len(history), config.epochs):
         started = time.monotonic()
@@ -623,7 +625,6 @@ def train(model: CVAE, verbs: Verbs, config: Config, checkpoint: dict | None) ->
         history.append(row | {"seconds": time.monotonic() - started})
         training = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         save_checkpoint(config, average, history, training)
-    bar.close()
     return average, history
 
 
@@ -1065,7 +1066,9 @@ def train_model(config: Config, verbs: Verbs) -> dict:
     with open_run(config, device):
         torch.manual_seed(seed_of(config.seed))
         model = CVAE(config.latent_dim, config.hidden_dim).to(device)
-        model, history = train(model, verbs, config, checkpoint)
+        total = config.epochs * math.ceil(len(verbs.train) / config.batch_size)
+        with tqdm(total=total, unit="step", mininterval=2, file=sys.stdout) as bar:
+            model, history = train(model, verbs, config, checkpoint, bar)
         trained = time.monotonic()
 
         model.cpu()

@@ -269,6 +269,16 @@ def test_attention_weights_are_shares_of_the_tokens(nlayers):
     assert (attn_weights[0, :, :, 5:] == 0).all()
 
 
+@pytest.mark.parametrize("words, count", [(["体", "育"], 1), (["net", "ball"], 0)])
+def test_characters_without_a_font_are_told_once(words, count, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(t, "FONTS", ("DejaVu Sans",))
+    with t.known_fonts():
+        t.plot_attention(words, torch.eye(2), "true").savefig(tmp_path / "attention.png")
+    captured = capsys.readouterr()
+    assert captured.out.count("no font for some characters") == count
+    assert captured.err == ""
+
+
 def test_padding_has_no_effect():
     model = small_model(nlayers=2)
     tokens = random_tokens(1, 6)
