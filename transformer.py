@@ -405,7 +405,7 @@ def choose_label(train: pd.DataFrame, path: Path, config: Config) -> str:
         label = train.nunique().idxmin()
     if label not in train:
         found = f"no {label} column; found {', '.join(train)}"
-        raise UserError(f"{path}: {found}. Name it with --label-column")
+        raise UserError(f"{path}: {found}. Name it with --label-column, or other --data")
     return label
 
 
@@ -1180,6 +1180,9 @@ def cross_validate(config: Config) -> dict:
         started = time.monotonic() - sum(fold["seconds"] for fold in folds)
         inputs = encode_news(news, config, vectors_path, vocabulary)
         device = pick_device(config.device)
+        log(f"device    {device}")
+        if folds:
+            log(f"resumed   {len(folds)} of {config.folds} models are trained")
         with open_run(config, device) if RANK == 0 else contextlib.nullcontext():
             folds = train_folds(config, news, inputs, folds, device)
             metrics = leave_results(config, news, inputs, folds)
@@ -1204,10 +1207,15 @@ def train_folds(
         steps.append(config.epochs * (len(rows) // batch_size_for(len(rows), config)))
 
     folds = list(finished)
-    total = sum(steps)
-    with tqdm(total=total, unit="step", mininterval=2, file=sys.stdout, disable=RANK > 0) as bar:
-        bar.update(sum(steps[: len(finished)]))
-
+    done = sum(steps[: len(finished)])
+    with tqdm(
+        total=sum(steps),
+        initial=done,
+        unit="step",
+        mininterval=2,
+        file=sys.stdout,
+        disable=RANK > 0,
+    ) as bar:
         for fold_number in range(len(finished), config.folds):
             started = time.monotonic()
             rows, held_out = splits[fold_number]
@@ -1399,6 +1407,7 @@ def plot_results(path: Path, history: pd.DataFrame, news: News, probabilities: T
     left, right = figure.subplots(1, 2)
     curves = history.pivot(index="epoch", columns="model", values="cross_entropy")
     curves.plot(ax=left, style=".-", alpha=0.6, ylabel="training cross-entropy (nats)")
+    left.xaxis.get_major_locator().set_params(integer=True)
 
     ConfusionMatrixDisplay.from_predictions(
         news.labels,
@@ -1439,7 +1448,8 @@ def plot_attentions(
         guess = f"predicted {news.classes[predicted[row]]} ({confidence[row]:.0%})"
         title = f"{news.columns.id or 'Id'} {news.train.ids[row]}: true {true}, {guess}"
         figure = plot_attention(words, attn_weights[0].mean(0), title)
-        write_file(config.out / f"attention-{name}.png", figure.savefig)
+        path = config.out / f"attention-{name}.png"
+        write_file(path, partial(figure.savefig, bbox_inches="tight"))
 
 
 def plot_attention(words: list[str], attention: Tensor, title: str) -> Figure:
@@ -1586,8 +1596,10 @@ def load_checkpoint(folder: Path, settings: dict) -> dict | None:
     for name, value in settings.items():
         found = checkpoint["settings"].get(name)
         if found != value:
-            message = f"{path}: trained with {name} {found}, not {value}"
-            raise UserError(f"{message}. Give the same data and flags")
+            difference = f"{name} {found}, not {value}"
+            if name.endswith("_sha256"):
+                difference = f"another {name.removesuffix('_sha256')} file"
+            raise UserError(f"{path}: trained with {difference}. Give the same data and flags")
     return checkpoint
 
 

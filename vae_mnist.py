@@ -669,6 +669,7 @@ def train(
         optimizer.load_state_dict(checkpoint["optimizer"])
         history = checkpoint["history"]
         started -= history[-1]["seconds"]
+        log(f"resumed   {len(history)} of {config.epochs} epochs are done")
     network = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
 
     device = model.mean_image.device
@@ -680,11 +681,10 @@ def train(
 
     for epoch in range(len(history), config.epochs):
         order = torch.randperm(len(train_images), generator=random_generator(config.seed, epoch))
-        order = order.to(device)
         totals = torch.zeros(3, device=device)
         is_finite = torch.ones((), dtype=torch.bool, device=device)
 
-        for batch in order.split(config.batch_size)[:batches_per_epoch]:
+        for batch in order.to(device).split(config.batch_size)[:batches_per_epoch]:
             warps = random_generator(config.seed, epoch, step, device=device)
             grey = augment(train_images[batch], warps)
             x = to_pixels(grey[RANK::WORLD_SIZE][: len(batch) // WORLD_SIZE])  # of this process
@@ -1025,7 +1025,8 @@ def run_models(config: Config, kl_weights: list[float]) -> dict:
     warnings_at_end = describe_blank(images, path)
     config = replace(config, data_sha256=sha256)
     images = split_images(images, config)
-    log("images    " + ", ".join(f"{len(part)} {name}" for name, part in images.items()))
+    log("split     " + ", ".join(f"{len(part)} {name}" for name, part in images.items()))
+    log(f"device    {pick_device(config.device)}")
     for line in warnings_at_end:
         log(line)
 
@@ -1235,8 +1236,10 @@ def load_checkpoint(folder: Path, settings: dict) -> dict | None:
     for name, value in settings.items():
         found = checkpoint["settings"].get(name)
         if found != value:
-            message = f"{path}: trained with {name} {found}, not {value}"
-            raise UserError(f"{message}. Give the same data and flags")
+            difference = f"{name} {found}, not {value}"
+            if name.endswith("_sha256"):
+                difference = f"another {name.removesuffix('_sha256')} file"
+            raise UserError(f"{path}: trained with {difference}. Give the same data and flags")
     return checkpoint
 
 

@@ -579,6 +579,7 @@ def train(
         restore(model, checkpoint["training"]["model"], config.out)
         optimizer.load_state_dict(checkpoint["training"]["optimizer"])
         history = checkpoint["history"]
+        print(f"resumed   {len(history)} of {config.epochs} epochs are done")
 
     forms = verb_tensor(verbs.train).to(model.device)  # (N, 4, T)
     batches_per_epoch = math.ceil(len(forms) / config.batch_size)
@@ -861,8 +862,10 @@ def load_checkpoint(folder: Path, settings: dict) -> dict | None:
     for name, value in settings.items():
         found = checkpoint["settings"].get(name)
         if found != value:
-            message = f"{path}: trained with {name} {found}, not {value}"
-            raise UserError(f"{message}. Give the same data and flags")
+            difference = f"{name} {found}, not {value}"
+            if name.endswith("_sha256"):
+                difference = f"another {name.removesuffix('_sha256')} file"
+            raise UserError(f"{path}: trained with {difference}. Give the same data and flags")
     return checkpoint
 
 
@@ -1063,6 +1066,7 @@ def train_model(config: Config, verbs: Verbs) -> dict:
         return checkpoint["metrics"]
 
     device = pick_device(config.device)
+    print(f"device    {device}")
     with open_run(config, device):
         torch.manual_seed(seed_of(config.seed))
         model = CVAE(config.latent_dim, config.hidden_dim).to(device)

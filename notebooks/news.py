@@ -12,6 +12,7 @@
 #   (`glove.6B.100d.txt`) if you find one. The scripts are cloned from GitHub. If the internet is
 #   off, add a dataset that holds `transformer.py`. As accelerator choose none, or the T4: Kaggle's
 #   PyTorch cannot use the P100.
+#   Some two minutes without a GPU, for 2,000 short texts.
 # - **Colab**: the first cell clones the repository into `scripts`. Upload your files into
 #   `scripts/data`, then run the cells below it.
 # - **Without data** the bundled sample is used: 320 news items to train on. Its accuracy only shows
@@ -36,11 +37,13 @@ def find_scripts() -> Path:
         if (folder / "transformer.py").exists():
             return folder.resolve()
 
-    clone = ["git", "clone", "--depth", "1", "https://github.com/OWNER/REPOSITORY", "scripts"]
-    if subprocess.run(clone).returncode != 0:
+    # On Kaggle not beside the notebook, where everything counts as its output
+    folder = Path("/tmp/scripts" if KAGGLE.exists() else "scripts")
+    clone = ["git", "clone", "--depth", "1", "https://github.com/OWNER/REPOSITORY", str(folder)]
+    if not folder.exists() and subprocess.run(clone).returncode != 0:
         advice = "Switch the internet on, or add a dataset that holds transformer.py"
         raise FileNotFoundError(f"transformer.py cannot be fetched. {advice}")
-    return Path("scripts").resolve()
+    return folder.resolve()
 
 
 SCRIPTS = find_scripts()
@@ -55,23 +58,42 @@ print("scripts  ", SCRIPTS)
 # ## The data
 #
 # The first folder below `/kaggle/input` that holds `train.csv` and `test.csv`, else the
-# repository's `data/`, else the sample. If that is the wrong one, set `folder` yourself. A sample
-# submission beside the two files gives the header of `submission.csv`.
+# repository's `data/`, else the sample. If that is the wrong one, name yours in the last line. A
+# sample submission beside the two files gives the header of `submission.csv`.
 
 
 # %%
+def holds_news(folder: Path) -> bool:
+    return (folder / "train.csv").exists() and (folder / "test.csv").exists()
+
+
 def find_news() -> Path:
-    """Return the folder that holds train.csv and test.csv."""
-    attached = sorted(path.parent for path in KAGGLE.rglob("train.csv"))
-    attached = [folder for folder in attached if not folder.is_relative_to(SCRIPTS)]
+    """Return the folder that holds train.csv and test.csv, and say which others do."""
+    tables = sorted(KAGGLE.rglob("*.csv*"))
+    tables = [path for path in tables if not path.is_relative_to(SCRIPTS)]
+    attached = sorted({path.parent for path in tables if holds_news(path.parent)})
+    for other in attached[1:]:
+        print("also      ", other)
+    if tables and not attached:
+        found = f"no folder holds train.csv and test.csv; found {', '.join(map(str, tables[:5]))}"
+        raise FileNotFoundError(f"{found}. Unpack or rename them")
     for folder in [*attached, SCRIPTS / "data", SCRIPTS / "data" / "sample"]:
-        if (folder / "train.csv").exists() and (folder / "test.csv").exists():
+        if holds_news(folder):
             return folder
     raise FileNotFoundError("no folder holds train.csv and test.csv. Add the competition's data")
 
 
-folder = find_news()
-vectors = sorted([*folder.glob("glove*.txt"), *KAGGLE.rglob("glove*.txt")])
+folder = find_news()  # or Path("/kaggle/input/NAME")
+
+# %% [markdown]
+# A file of word vectors beside them, or anywhere below `/kaggle/input`, is used if its name begins
+# with `glove` or ends with `.vec`; a zip file has to be unpacked.
+
+# %%
+vectors = []
+for pattern in ("glove*.txt", "glove*.txt.gz", "*.vec", "*.vec.gz"):
+    found = sorted([*Path(folder).glob(pattern), *KAGGLE.rglob(pattern)])
+    vectors += [path for path in found if path.is_file()]
 
 flags = ["--data", str(folder)]
 if vectors:
@@ -86,44 +108,49 @@ try:
 except (ImportError, OSError):
     flags += ["--tokenizer", "nltk"]
 
-display(pd.read_csv(folder / "train.csv", nrows=5, encoding_errors="replace"))
+is_sample = " (the bundled sample)" if folder == SCRIPTS / "data" / "sample" else ""
+print("data      ", folder, is_sample)
+print("vectors   ", vectors[0] if vectors else "none")
+display(pd.read_csv(Path(folder) / "train.csv", nrows=5, encoding_errors="replace"))
 
 # %% [markdown]
 # ## Train
 #
 # Five models, each on four fifths of the texts. The accuracy is *out of fold*: each text is
-# classified by the model that did not train on it. Add flags as on the command line, such as
-# `"--epochs", "20"`; `"--resume"` continues after an interrupt.
+# classified by the model that did not train on it. All flags of the command line can be added.
 
 # %%
 import transformer
 
-print("transformer.py", *flags)
-metrics = transformer.main(flags)
+more = []  # for a quick look ["--epochs", "2"]; after an interrupt ["--resume"]
+print("transformer.py", *flags, *more)
+metrics = transformer.main([*flags, *more])
 
 # %% [markdown]
-# The loss of each model, and the confusion matrix of the held-out texts:
+# The training loss of each model, and the confusion matrix of the held-out texts:
 
 # %%
 run = Path("runs/transformer")
 display(Image(run / "learning-curve.png", width=800))
 
 # %% [markdown]
-# What the tokens of two texts attend to in the last layer: one that is classified right, and one
-# wrong. A row is a token that looks, a column a token looked at.
+# What the tokens of two short texts attend to in the last layer: the one whose right class the
+# model is surest of, and the one whose wrong class it is surest of. A row is a token that looks, a
+# column a token looked at.
 
 # %%
 for path in sorted(run.glob("attention-*.png")):
-    display(Image(path, width=600))
+    display(Image(path, width=800))
 
 # %% [markdown]
 # ## Submit
 #
-# `submission.csv` is in the folder of this notebook's outputs. On Kaggle: *Save Version*, then
-# *Submit* on its page.
+# On Kaggle `submission.csv` is in `/kaggle/working`, this notebook's output: *Save Version* (which
+# runs all cells again), then *Submit* on the page of the version.
 
 # %%
 submission = pd.read_csv("submission.csv", dtype=str)
+print(Path("submission.csv").resolve())
 print(f"{len(submission)} rows; accuracy of held-out texts {metrics['oof_accuracy']:.3f}")
 display(submission.head())
 
