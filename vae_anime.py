@@ -987,10 +987,11 @@ def plot_learning_curve(history: pd.DataFrame, config: Config) -> None:
     history = history[len(history) // 20 :]
     figure, panels = new_figure(len(TERMS))
     for axes, term in zip(panels, TERMS, strict=True):
+        name = term.replace("kl", "KL")
         axes.plot(history["epoch"], history[f"train_{term}"], ".-", label="training")
         axes.plot(history["epoch"], history[f"validation_{term}"], ".--", label="validation")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set(title=f"{term}, λ = {config.kl_weight:g}", xlabel="epoch", ylabel="nats per image")
+        axes.set(title=f"{name}, λ = {config.kl_weight:g}", xlabel="epoch", ylabel="nats per image")
         axes.legend()
     write_file(config.folder / "learning-curve.png", figure.savefig)
 
@@ -1029,8 +1030,9 @@ def plot_sweep(config: Config, metrics: dict[str, dict], images: dict[str, Tenso
         variances.legend(fontsize=7)
 
         history = pd.read_csv(config.folder / "history.csv")
-        for term in ("reconstruction", "kl"):
-            curves.plot(history["epoch"], history[f"validation_{term}"], ".-", label=term)
+        epochs = history["epoch"]
+        curves.plot(epochs, history["validation_reconstruction"], ".-", label="reconstruction")
+        curves.plot(epochs, history["validation_kl"], ".-", label="KL")
         curves.xaxis.get_major_locator().set_params(integer=True)
         curves.set(xlabel="epoch", ylabel="nats per image")
         curves.set_title("validation", fontsize=9)

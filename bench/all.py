@@ -62,6 +62,7 @@ STEPS = [
     Step("kim", 90, f"bench/transformer.py accuracy --data {TEXTS} --vectors {VECTORS}"),
     Step("kim-10", 35, f"bench/transformer.py accuracy --data {TEN_FOLDS} {GLOVE_FILE} --folds 10"),
     Step("few", 10, f"bench/transformer.py few --data {{data}}/texts/ag {GLOVE_FILE} --runs 5"),
+    Step("news-sample", 1, "transformer.py --data data/sample --out {out}/news-sample --resume"),
     Step("news-speed", 5, f"bench/transformer.py speed {GLOVE} --rounds 7"),
     Step(
         "digits-lambda",
@@ -327,6 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in write_tables(RESULTS, args.out):
         print(f"unchanged {name}: not measured in {args.out}")
     print(f"wrote     the tables of {RESULTS}")
+    print(f"next      python bench/pictures.py --runs {args.out}, for README's pictures")
 
 
 if __name__ == "__main__":

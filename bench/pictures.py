@@ -1,0 +1,83 @@
+"""Draw the pictures of README.md and docs/results.md from the runs that bench/all.py left.
+
+python bench/pictures.py --runs runs/all
+"""
+
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "report" / "figures"
+sys.path.insert(0, str(ROOT))
+import vae_anime
+
+GAP = 3  # white pixels between pictures
+
+
+def tile(images: np.ndarray, size: int) -> Image.Image:
+    """One picture of rows of images, (rows, columns, 64, 64, 3), each `size` pixels wide."""
+    rows, columns = images.shape[:2]
+    pitch = size + GAP
+    sheet = Image.new("RGB", (columns * pitch - GAP, rows * pitch - GAP), "white")
+    for row in range(rows):
+        for column in range(columns):
+            image = Image.fromarray(images[row, column]).resize((size, size), Image.LANCZOS)
+            sheet.paste(image, (column * pitch, row * pitch))
+    return sheet
+
+
+def sampled_faces(run: Path) -> Image.Image:
+    model, _ = vae_anime.load_finished(run, torch.device("cpu"))
+    temperature = vae_anime.Config().temperature
+    images = vae_anime.sample_images(model, 84, seed=0, temperature=temperature)
+    return tile(images.permute(0, 2, 3, 1).numpy().reshape(6, 14, 64, 64, 3), size=64)
+
+
+def walks(run: Path) -> Image.Image:
+    """Four walks, without the real faces at their ends."""
+    images = np.load(run / "interpolation.npz")["image"]
+    return tile(images[:4, 1:-1], size=96)
+
+
+def drawn(path: Path, width: int) -> Image.Image:
+    """A figure of a run, not wider than `width`."""
+    image = Image.open(path).convert("RGB")
+    image.thumbnail((width, 4 * width), Image.LANCZOS)
+    return image
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--runs", type=Path, default=ROOT / "runs" / "all", help="what bench/all.py left")
+    add("--out", type=Path, default=FIGURES, help="folder of the pictures [report/figures/]")
+    args = parser.parse_args(argv)
+
+    runs = args.runs
+    pictures = {
+        "faces-samples": lambda: sampled_faces(runs / "faces-0" / "lambda-1"),
+        "faces-walk": lambda: walks(runs / "faces-0" / "lambda-1"),
+        "digits-samples": lambda: drawn(runs / "digits-0" / "lambda-1" / "samples.png", 800),
+        "digits-lambda": lambda: drawn(runs / "digits-lambda" / "lambda-sheet.png", 1200),
+        "faces-lambda": lambda: drawn(runs / "faces-lambda" / "lambda-sheet.png", 1200),
+        "attention": lambda: drawn(runs / "news-sample" / "attention-right.png", 1050),
+        "cvae-training": lambda: drawn(runs / "cvae" / "default-0" / "training.png", 960),
+    }
+    for name, draw in pictures.items():
+        path = args.out / f"{name}.png"
+        try:
+            image = draw()
+        except (OSError, vae_anime.UserError) as error:
+            print(f"unchanged {path.name}: {error}")
+            continue
+        image.quantize(256).save(path, optimize=True)
+        print(f"wrote     {path}")
+
+
+if __name__ == "__main__":
+    main()
