@@ -36,7 +36,7 @@ Usage:
 
 It writes submission.csv into the current folder and everything else into runs/transformer/. On the
 2,000 texts of the 2022 competition with GloVe 6B 100d the accuracy is .9010 ± .0067 (standard
-error) out of fold, and .8990 ± .0061 on 2,446 other texts (two minutes on two CPU cores).
+error) out of fold, and .8990 ± .0061 on 2,446 other texts (two minutes with two CPU threads).
 """
 
 import contextlib
@@ -134,7 +134,7 @@ FONTS = (
 
 # Training
 MAX_EPOCHS = 15
-MAX_TOKENS = 20_000_000  # that all models together read in training: ten minutes on two CPU cores
+MAX_TOKENS = 20_000_000  # that all models read in training: ten minutes with two CPU threads
 MAX_WORD_DROPOUT = 0.3
 FULL_LENGTH = 45  # tokens; texts as long as this lose MAX_WORD_DROPOUT of their words
 ONE_SIDED = 0.95  # a larger share of one class is worth a warning

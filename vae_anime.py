@@ -22,7 +22,7 @@ that also sees x (Sønderby et al. 2016; Child 2021):
     log p(x) >= E_q [log p(x|z, d)] - KL(q(z|x) || p(z)) - Σ_i E_q [KL(q(d_i|...) || p(d_i|...))]
     loss      = reconstruction + λ KL      in nats per image; at λ = 1 it is the negative ELBO
 
-Minimized is loss + |x - coarse image|² / (2 · 0.15²). z and its decoder learn from the last term
+Training minimizes loss + |x - coarse image|² / (2 · 0.15²). z and its decoder learn from this term
 and their KL alone, so that z holds colours and pose, and the detail latents cannot change what it
 means. During training p(x|z, d) is Gaussian with one learned σ (Rybkin et al. 2021), and p(z) is
 N(0, I). Afterwards
@@ -39,7 +39,8 @@ Usage:
     python vae_anime.py --evaluate FILE       score the finished model on other images
 
 Each model leaves figures, metrics.json and a checkpoint in runs/vae_anime/lambda-<λ>/. On 9,000
-anime faces, λ = 1 reaches 4.095 bits/dim and 30.7 dB on test images (ten minutes on two CPU cores).
+anime faces, λ = 1 reaches 4.095 bits/dim and 30.7 dB on test images (ten minutes with two CPU
+threads).
 """
 
 import contextlib
@@ -193,7 +194,7 @@ class Config:
 def find_data(given: Path | None) -> Path:
     """Return the file to read: the given one, else the one in data/, else the bundled sample.
 
-    Of a folder that holds a file of the course's name, it is that file.
+    In a folder that holds a file of the course's name, that file is meant.
     """
     path = given or (DATA_FILE if DATA_FILE.exists() else SAMPLE_FILE)
     if (path / DATA_FILE.name).is_file():
@@ -402,9 +403,9 @@ class Upsample(nn.Sequential):
 
 # Same in vae_mnist.py
 def diagonal_gaussian(mu: Tensor, logvar: Tensor) -> D.Independent:
-    """N(μ, diag σ²) for each item of a batch, in float32. σ is at least e^-5: the KL is ∞ at 0.
+    """N(μ, diag σ²) for each item of a batch, in float32.
 
-    It is at most e^2.5.
+    σ is kept between e^-5 and e^2.5, since the KL would be infinite at 0.
     """
     sigma = (0.5 * logvar.float().clamp(-10.0, 5.0)).exp()
     return D.Independent(D.Normal(mu.float(), sigma, validate_args=False), mu.dim() - 1)
@@ -504,7 +505,7 @@ class FrequencyNoise(nn.Module):
         self.register_buffer("sigma", sigma)  # (3, 64, 64)
 
     def log_prob(self, error: Tensor) -> Tensor:
-        """The log density of x - mean, (B, 3, 64, 64) -> (B,). The transform keeps volumes."""
+        """The log density of x - mean, (B, 3, 64, 64) -> (B,). The transform is orthonormal."""
         normal = D.Normal(0.0, self.sigma, validate_args=False)
         return normal.log_prob(frequencies(error)).flatten(1).sum(dim=1)
 
@@ -610,7 +611,7 @@ class VAE(nn.Module):
         self.coarse_encoder = nn.Sequential(  # coarse image -> (B, WIDTH, 16, 16)
             nn.Conv2d(3, WIDTH, 4, stride=4), Residual(WIDTH), Residual(WIDTH)
         )
-        self.image_encoder = nn.Sequential(  # x and its error as coarse image -> the same size
+        self.image_encoder = nn.Sequential(  # x and 3 (x - coarse image) -> the same size
             nn.Conv2d(6, WIDTH, 4, stride=4), Residual(WIDTH), Residual(WIDTH)
         )
         self.groups = nn.ModuleList([DetailGroup(size) for size in DETAIL_SIZES])
@@ -652,7 +653,7 @@ class VAE(nn.Module):
                 posterior = group.posterior(h, image_features)
                 sample = reparameterize(posterior, generator, temperature)
                 noise = (sample - prior.mean) / prior.stddev
-                sample = prior.mean + prior.stddev * noise  # rounded as `decode` does
+                sample = prior.mean + prior.stddev * noise  # in the same steps as `decode`
                 details.append(Detail(noise, sample, posterior, prior))
                 kl = kl + D.kl_divergence(posterior, prior)
                 h = group.leave(h, sample)

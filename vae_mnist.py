@@ -35,7 +35,7 @@ Usage:
     python vae_mnist.py --evaluate FILE       score the finished model on other images
 
 Each model leaves figures, metrics.json and a checkpoint in runs/vae_mnist/lambda-<λ>/. On the
-course's 12,000 digits, λ = 1 reaches 76.52 nats on test images (five minutes on two CPU cores).
+course's 12,000 digits, λ = 1 reaches 76.52 nats on test images (five minutes with two CPU threads).
 """
 
 import contextlib
@@ -191,7 +191,7 @@ class Config:
 def find_data(given: Path | None) -> Path:
     """Return the file to read: the given one, else the one in data/, else the bundled sample.
 
-    Of a folder that holds a file of the course's name, it is that file.
+    In a folder that holds a file of the course's name, that file is meant.
     """
     path = given or (DATA_FILE if DATA_FILE.exists() else SAMPLE_FILE)
     if (path / DATA_FILE.name).is_file():
@@ -504,9 +504,9 @@ class Upsample(nn.Sequential):
 
 # Same in vae_anime.py
 def diagonal_gaussian(mu: Tensor, logvar: Tensor) -> D.Independent:
-    """N(μ, diag σ²) for each item of a batch, in float32. σ is at least e^-5: the KL is ∞ at 0.
+    """N(μ, diag σ²) for each item of a batch, in float32.
 
-    It is at most e^2.5.
+    σ is kept between e^-5 and e^2.5, since the KL would be infinite at 0.
     """
     sigma = (0.5 * logvar.float().clamp(-10.0, 5.0)).exp()
     return D.Independent(D.Normal(mu.float(), sigma, validate_args=False), mu.dim() - 1)

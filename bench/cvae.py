@@ -28,7 +28,7 @@ import cvae
 COLUMNS = {
     "BLEU-4, ten test pairs": "bleu4",
     "Gaussian score, 10,000 draws": "gaussian_score_10000",
-    "different lines in 100 draws": "distinct_valid_per_100",
+    "different right lines in 100 draws": "distinct_valid_per_100",
     "held-out verbs: exact": "heldout_exact",
     "BLEU-4": "heldout_bleu4",
 }

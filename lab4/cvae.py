@@ -32,8 +32,8 @@ Usage:
     python lab4/cvae.py --interpolate carry send   decode latents on the line between two verbs
 
 A run leaves tables, a figure, metrics.json and a checkpoint in runs/cvae/. On the course's 1,212
-verbs (six minutes on two CPU cores, mean of five seeds) BLEU-4 is 1.000, and 80% of 10,000 samples
-are training verbs. With --holdout 100, 87% of conversions of held-out verbs are exact.
+verbs (six minutes with two CPU threads, mean of five seeds) BLEU-4 is 1.000, and 80% of 10,000
+samples are training verbs. With --holdout 100, 87% of conversions of held-out verbs are exact.
 """
 
 import codecs
