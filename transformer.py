@@ -120,11 +120,15 @@ NO_BLANKS = re.compile(
     "\U00020000-\U0003ffff]"
 )
 
-# What figures are drawn with: matplotlib's own font, and those of systems that have CJK characters
+# What figures are drawn with: matplotlib's own font, and those that have the letters of Asia
 FONTS = (
     "DejaVu Sans",
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
+    "Noto Sans Thai",
+    "Noto Sans Lao",
+    "Noto Sans Khmer",
+    "Noto Sans Myanmar",
     "WenQuanYi Zen Hei",
     "Microsoft YaHei",
     "PingFang SC",
@@ -1396,9 +1400,13 @@ def known_fonts() -> Iterator[None]:
     fonts = [name for name in FONTS if name in installed]
     with rc_context({"font.family": fonts}), warnings.catch_warnings(record=True) as caught:
         yield
-    if any("missing from font" in str(warning.message) for warning in caught):
+    is_glyph = [str(warning.message).startswith("Glyph ") for warning in caught]
+    if any(is_glyph):
         found = "no font for some characters, which figures show as boxes"
-        log(f"warning   {found}. Install one, such as Noto Sans CJK")
+        log(f"warning   {found}. Install one that has them, such as Noto Sans CJK")
+    for warning, known in zip(caught, is_glyph, strict=True):
+        if not known:
+            warnings.warn(warning.message, warning.category, stacklevel=2)
 
 
 def plot_results(path: Path, history: pd.DataFrame, news: News, probabilities: Tensor) -> None:

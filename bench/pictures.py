@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--runs", type=Path, default=ROOT / "runs" / "all", help="what bench/all.py left")
     add("--out", type=Path, default=FIGURES, help="folder of the pictures [report/figures/]")
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
 
     runs = args.runs
     pictures = {
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         path = args.out / f"{name}.png"
         try:
             image = draw()
-        except (OSError, vae_anime.UserError) as error:
+        except (OSError, ValueError, vae_anime.UserError) as error:
             print(f"unchanged {path.name}: {error}")
             continue
         image.quantize(256).save(path, optimize=True)

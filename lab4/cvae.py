@@ -579,13 +579,11 @@ def train(
         restore(model, checkpoint["training"]["model"], config.out)
         optimizer.load_state_dict(checkpoint["training"]["optimizer"])
         history = checkpoint["history"]
-        print(f"resumed   {len(history)} of {config.epochs} epochs are done")
 
     forms = verb_tensor(verbs.train).to(model.device)  # (N, 4, T)
     batches_per_epoch = math.ceil(len(forms) / config.batch_size)
     total_steps = config.epochs * batches_per_epoch
     step = len(history) * batches_per_epoch
-    bar.update(step)
 
     for epoch in range(len(history), config.epochs):
         started = time.monotonic()
@@ -1070,8 +1068,17 @@ def train_model(config: Config, verbs: Verbs) -> dict:
     with open_run(config, device):
         torch.manual_seed(seed_of(config.seed))
         model = CVAE(config.latent_dim, config.hidden_dim).to(device)
-        total = config.epochs * math.ceil(len(verbs.train) / config.batch_size)
-        with tqdm(total=total, unit="step", mininterval=2, file=sys.stdout) as bar:
+        done = len(checkpoint["history"]) if checkpoint else 0
+        if done:
+            print(f"resumed   {done} of {config.epochs} epochs are done")
+        steps = math.ceil(len(verbs.train) / config.batch_size)  # of an epoch
+        with tqdm(
+            total=config.epochs * steps,
+            initial=done * steps,
+            unit="step",
+            mininterval=2,
+            file=sys.stdout,
+        ) as bar:
             model, history = train(model, verbs, config, checkpoint, bar)
         trained = time.monotonic()
 

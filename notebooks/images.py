@@ -42,10 +42,12 @@ def find_scripts() -> Path:
 
     # On Kaggle not beside the notebook, where everything counts as its output
     folder = Path("/tmp/scripts" if KAGGLE.exists() else "scripts")
+    if (folder / "vae_anime.py").exists():
+        return folder.resolve()
     clone = ["git", "clone", "--depth", "1", "https://github.com/OWNER/REPOSITORY", str(folder)]
-    if not folder.exists() and subprocess.run(clone).returncode != 0:
+    if subprocess.run(clone).returncode != 0:
         advice = "Switch the internet on, or add a dataset that holds the scripts"
-        raise FileNotFoundError(f"vae_anime.py cannot be fetched. {advice}")
+        raise FileNotFoundError(f"vae_anime.py cannot be fetched into {folder}. {advice}")
     return folder.resolve()
 
 
@@ -88,10 +90,10 @@ digit_weights = ["0", "1", "50", "100"]
 digit_flags = ["--epochs", "8"]
 face_weights = ["1", "100"]
 face_flags = []
-if Path(digits).parent == SAMPLE:  # a first look; few images need small batches
+if Path(digits).resolve().parent == SAMPLE:  # a first look; few images need small batches
     digit_weights = ["0", "1", "100"]
     digit_flags = ["--limit", "600", "--epochs", "5", "--batch-size", "16"]
-if Path(faces).parent == SAMPLE:
+if Path(faces).resolve().parent == SAMPLE:
     face_flags = ["--epochs", "4", "--batch-size", "8"]
 print("digits   ", digits)
 print("faces    ", faces)
@@ -114,8 +116,8 @@ metrics = vae_mnist.main(["--data", str(digits), "--lambda", *digit_weights, *di
 # evidence lower bound.
 
 # %%
-for sheet in Path("runs/vae_mnist").glob("lambda-sheet.png"):  # there is one for several λ
-    display(Image(sheet, width=240 * len(digit_weights)))
+if len(digit_weights) > 1:
+    display(Image("runs/vae_mnist/lambda-sheet.png", width=240 * len(digit_weights)))
 
 # %% [markdown]
 # ## Faces
@@ -130,8 +132,8 @@ sys.argv = [str(SCRIPTS / "vae_anime.py")]
 metrics = vae_anime.main(["--data", str(faces), "--lambda", *face_weights, *face_flags])
 
 # %%
-for sheet in Path("runs/vae_anime").glob("lambda-sheet.png"):
-    display(Image(sheet, width=240 * len(face_weights)))
+if len(face_weights) > 1:
+    display(Image("runs/vae_anime/lambda-sheet.png", width=240 * len(face_weights)))
 
 # %% [markdown]
 # Test images and their reconstructions at the first λ, and its learning curve. The KL rises at
@@ -139,7 +141,7 @@ for sheet in Path("runs/vae_anime").glob("lambda-sheet.png"):
 # after training the noise σ of each frequency and the prior were fitted.
 
 # %%
-run = Path("runs/vae_anime") / f"lambda-{face_weights[0]}"
+run = Path("runs/vae_anime") / f"lambda-{float(face_weights[0]):g}"
 display(Image(run / "reconstructions.png", width=800))
 display(Image(run / "learning-curve.png", width=900))
 
@@ -213,6 +215,6 @@ for face in walks[:2, 0]:
 # was trained with. `active_units` counts the dimensions of z whose mean differs between images.
 
 # %%
-for sweep in Path("runs").glob("vae_*/sweep.csv"):  # there is one for several λ
-    print(sweep)
-    display(pd.read_csv(sweep).round(2))
+for name, weights in (("vae_mnist", digit_weights), ("vae_anime", face_weights)):
+    if len(weights) > 1:
+        display(pd.read_csv(f"runs/{name}/sweep.csv").round(2))

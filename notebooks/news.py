@@ -12,7 +12,7 @@
 #   (`glove.6B.100d.txt`) if you find one. The scripts are cloned from GitHub. If the internet is
 #   off, add a dataset that holds `transformer.py`. As accelerator choose none, or the T4: Kaggle's
 #   PyTorch cannot use the P100.
-#   Some two minutes without a GPU, for 2,000 short texts.
+# - Training takes about two minutes without a GPU, for 2,000 short texts.
 # - **Colab**: the first cell clones the repository into `scripts`. Upload your files into
 #   `scripts/data`, then run the cells below it.
 # - **Without data** the bundled sample is used: 320 news items to train on. Its accuracy only shows
@@ -39,10 +39,12 @@ def find_scripts() -> Path:
 
     # On Kaggle not beside the notebook, where everything counts as its output
     folder = Path("/tmp/scripts" if KAGGLE.exists() else "scripts")
+    if (folder / "transformer.py").exists():
+        return folder.resolve()
     clone = ["git", "clone", "--depth", "1", "https://github.com/OWNER/REPOSITORY", str(folder)]
-    if not folder.exists() and subprocess.run(clone).returncode != 0:
+    if subprocess.run(clone).returncode != 0:
         advice = "Switch the internet on, or add a dataset that holds transformer.py"
-        raise FileNotFoundError(f"transformer.py cannot be fetched. {advice}")
+        raise FileNotFoundError(f"transformer.py cannot be fetched into {folder}. {advice}")
     return folder.resolve()
 
 
@@ -57,26 +59,26 @@ print("scripts  ", SCRIPTS)
 # %% [markdown]
 # ## The data
 #
-# The first folder below `/kaggle/input` that holds `train.csv` and `test.csv`, else the
-# repository's `data/`, else the sample. If that is the wrong one, name yours in the last line. A
-# sample submission beside the two files gives the header of `submission.csv`.
+# The first folder below `/kaggle/input` that holds `train.csv` and `test.csv`. If there is no table
+# there, it is the repository's `data/`, else the sample. If that is the wrong one, name yours in
+# the last line. A sample submission beside the two files gives the header of `submission.csv`.
 
 
 # %%
 def holds_news(folder: Path) -> bool:
-    return (folder / "train.csv").exists() and (folder / "test.csv").exists()
+    return (folder / "train.csv").is_file() and (folder / "test.csv").is_file()
 
 
 def find_news() -> Path:
     """Return the folder that holds train.csv and test.csv, and say which others do."""
-    tables = sorted(KAGGLE.rglob("*.csv*"))
+    tables = sorted([*KAGGLE.rglob("*.csv*"), *KAGGLE.rglob("*.tsv"), *KAGGLE.rglob("*.zip")])
     tables = [path for path in tables if not path.is_relative_to(SCRIPTS)]
     attached = sorted({path.parent for path in tables if holds_news(path.parent)})
     for other in attached[1:]:
-        print("also      ", other)
+        print("also     ", other)
     if tables and not attached:
         found = f"no folder holds train.csv and test.csv; found {', '.join(map(str, tables[:5]))}"
-        raise FileNotFoundError(f"{found}. Unpack or rename them")
+        raise FileNotFoundError(f"{found}. Add the competition's data, or unpack and rename yours")
     for folder in [*attached, SCRIPTS / "data", SCRIPTS / "data" / "sample"]:
         if holds_news(folder):
             return folder
@@ -90,9 +92,10 @@ folder = find_news()  # or Path("/kaggle/input/NAME")
 # with `glove` or ends with `.vec`; a zip file has to be unpacked.
 
 # %%
+folder = Path(folder).resolve()
 vectors = []
 for pattern in ("glove*.txt", "glove*.txt.gz", "*.vec", "*.vec.gz"):
-    found = sorted([*Path(folder).glob(pattern), *KAGGLE.rglob(pattern)])
+    found = sorted([*folder.glob(pattern), *KAGGLE.rglob(pattern)])
     vectors += [path for path in found if path.is_file()]
 
 flags = ["--data", str(folder)]
@@ -108,10 +111,11 @@ try:
 except (ImportError, OSError):
     flags += ["--tokenizer", "nltk"]
 
-is_sample = " (the bundled sample)" if folder == SCRIPTS / "data" / "sample" else ""
-print("data      ", folder, is_sample)
-print("vectors   ", vectors[0] if vectors else "none")
-display(pd.read_csv(Path(folder) / "train.csv", nrows=5, encoding_errors="replace"))
+print("data     ", folder)
+if folder == SCRIPTS / "data" / "sample":
+    print("          the bundled sample")
+print("vectors  ", vectors[0] if vectors else "none")
+display(pd.read_csv(folder / "train.csv", nrows=5, encoding_errors="replace"))
 
 # %% [markdown]
 # ## Train

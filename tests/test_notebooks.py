@@ -169,7 +169,7 @@ def test_tables_that_are_not_news_are_named(name, tmp_path, kernel):
     working = tmp_path / "working"
     shutil.copytree(ROOT / "data" / "sample", working / "data" / "sample")
     shutil.copy(ROOT / "transformer.py", working)
-    with pytest.raises(CellExecutionError, match=f"found .*{re.escape(name)}. Unpack or rename"):
+    with pytest.raises(CellExecutionError, match=f"found .*{re.escape(name)}. Add the competition"):
         execute(data_cells(tmp_path / "input"), working)
 
 
@@ -182,7 +182,7 @@ def test_of_two_competitions_the_other_is_named(tmp_path, kernel):
     notebook = data_cells(tmp_path / "input")
     execute(notebook, tmp_path / "working")
     assert re.search(r"also +\S+two\n", printed(notebook))
-    assert re.search(r"data +\S+one +\n", printed(notebook))
+    assert re.search(r"data +\S+one\n", printed(notebook))
     assert re.search(r"vectors +none\n", printed(notebook))
 
 

@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT / "report"), str(ROOT / "bench")]
 import all as bench_all
 import build
 import measure
+import pictures
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_reliability import WORDS, cvae, run, transformer, vae_anime, vae_mnist
@@ -421,6 +422,57 @@ def test_measured_tables_go_between_their_marks(tmp_path):
     assert "| 50 | 2,000.50 | 2,000.5 | 3 | 2,000.50 | 2,000.5 | 3 |" in after
     assert after.partition("<!-- news -->")[0] == before.partition("<!-- news -->")[0]
     assert after.count("<!-- /") == before.count("<!-- /") == len(bench_all.TABLES)
+
+
+def leave_runs_of_images(out):
+    """Metrics and printed tables of three seeds, made up."""
+    for seed in bench_all.SEEDS:
+        for name in ("digits", "faces"):
+            folder = out / f"{name}-{seed}" / "lambda-1"
+            folder.mkdir(parents=True)
+            metrics = {"neg_elbo": {"test": 76.0 + seed, "train": 76.0}, "bits_per_dim": 4.0}
+            metrics |= {"psnr_db": 30.0 + seed / 10, "active_units": 32 - seed, "latent_dim": 32}
+            metrics |= {"parameters": 1234567, "seconds": 600}
+            (folder / "metrics.json").write_text(json.dumps(metrics))
+            measured = {"iwae": 71.0, "iwae_neg_elbo": 75.0, "bits_per_dim_one_sigma": 5.0}
+            measured |= {"iwae_samples": 64, "iwae_images": 100}
+            (folder / "measured.json").write_text(json.dumps(measured))
+            heading = "| images | sure | frequency |\n| --- | --- | --- |"
+            row = f"| real (9) | 0.9{seed} | {9 + seed} to {9.5 + seed} |"
+            (out / f"{name}-{seed}-drawn.txt").write_text(f"right\n{heading}\n{row}\n")
+
+
+def test_tables_of_images_are_means_over_seeds(tmp_path):
+    leave_runs_of_images(tmp_path)
+    assert bench_all.images_table(tmp_path).splitlines()[2:] == [
+        "| `python vae_mnist.py` | **77.00 ± 1.00 nats** | 76.00 ± 0.00 | 30.10 ± 0.10 "
+        "| 30 of 32 | 1,234,567 | 10.0 ± 0.0 |",
+        "| `python vae_anime.py` | **4.000 ± 0.000 bits/dim** | 4.000 ± 0.000 | 30.10 ± 0.10 "
+        "| 30 of 32 | 1,234,567 | 10.0 ± 0.0 |",
+    ]
+    assert bench_all.measured_table(tmp_path).splitlines()[3:] == [
+        "| faces, 64 samples, 100 images | 71.0 ± 0.0 | 75.0 ± 0.0 | 5.000 ± 0.000 |"
+    ]
+    assert bench_all.samples_table(tmp_path, "digits").splitlines()[2:] == [
+        "| real (9) | 0.91 ± 0.01 | 9 to 11.5 |"
+    ]
+    assert bench_all.mean_and_spread([1234.5], 1) == "1,234.5"
+
+
+def test_pictures_are_tiled_with_a_gap():
+    images = np.stack([np.full((2, 64, 64, 3), shade, np.uint8) for shade in (0, 100)])
+    picture = np.asarray(pictures.tile(images, size=32))
+    assert picture.shape == (67, 67, 3)
+    assert (picture[:32, :32] == 0).all()
+    assert (picture[35:, 35:] == 100).all()
+    assert (picture[32:35] == 255).all()
+
+
+def test_a_picture_whose_run_is_missing_stays(tmp_path, capsys):
+    pictures.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert said.count("unchanged ") == len(said.splitlines()) == 7
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_unseen_accuracies_are_read_from_the_results():

@@ -11,8 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -271,12 +273,18 @@ def test_attention_weights_are_shares_of_the_tokens(nlayers):
 
 @pytest.mark.parametrize("words, count", [(["体", "育"], 1), (["net", "ball"], 0)])
 def test_characters_without_a_font_are_told_once(words, count, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(t, "FONTS", ("DejaVu Sans",))
+    monkeypatch.setattr(t, "FONTS", ("no such font", "DejaVu Serif"))
     with t.known_fonts():
+        assert matplotlib.rcParams["font.family"] == ["DejaVu Serif"]
         t.plot_attention(words, torch.eye(2), "true").savefig(tmp_path / "attention.png")
     captured = capsys.readouterr()
     assert captured.out.count("no font for some characters") == count
     assert captured.err == ""
+
+
+def test_other_warnings_of_figures_are_passed_on():
+    with pytest.warns(UserWarning, match="something else"), t.known_fonts():
+        warnings.warn("something else", UserWarning, stacklevel=1)
 
 
 def test_padding_has_no_effect():
