@@ -39,8 +39,8 @@ Usage:
     python vae_anime.py --evaluate FILE       score the finished model on other images
 
 Each model leaves figures, metrics.json and a checkpoint in runs/vae_anime/lambda-<λ>/. On 9,000
-anime faces, λ = 1 reaches 4.095 bits/dim and 30.7 dB on test images (ten minutes with two CPU
-threads).
+anime faces, λ = 1 reaches 4.07 bits/dim and 30.8 dB on test images (mean of three seeds; ten
+minutes with two CPU threads).
 """
 
 import contextlib
