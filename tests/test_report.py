@@ -478,4 +478,8 @@ def test_a_picture_whose_run_is_missing_stays(tmp_path, capsys):
 def test_unseen_accuracies_are_read_from_the_results():
     found = build.unseen_accuracies()
     assert set(found) == {"glove.6B.100d", "none"}
-    assert all(re.fullmatch(r"\.\d{4} ± \.\d{4}", text) for text in found.values())
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    news = results.partition("<!-- news -->")[2].partition("<!-- /news -->")[0]
+    for text in found.values():
+        assert re.fullmatch(r"\.\d{4} ± \.\d{4}", text)
+        assert f"{text} |\n" in news
