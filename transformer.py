@@ -1400,13 +1400,15 @@ def known_fonts() -> Iterator[None]:
     fonts = [name for name in FONTS if name in installed]
     with rc_context({"font.family": fonts}), warnings.catch_warnings(record=True) as caught:
         yield
-    is_glyph = [str(warning.message).startswith("Glyph ") for warning in caught]
-    if any(is_glyph):
+    lacking = False
+    for warning in caught:
+        if str(warning.message).startswith("Glyph "):
+            lacking = True
+        else:
+            warnings.warn(warning.message, warning.category, stacklevel=2)
+    if lacking:
         found = "no font for some characters, which figures show as boxes"
         log(f"warning   {found}. Install one that has them, such as Noto Sans CJK")
-    for warning, known in zip(caught, is_glyph, strict=True):
-        if not known:
-            warnings.warn(warning.message, warning.category, stacklevel=2)
 
 
 def plot_results(path: Path, history: pd.DataFrame, news: News, probabilities: Tensor) -> None:
@@ -1606,7 +1608,7 @@ def load_checkpoint(folder: Path, settings: dict) -> dict | None:
         if found != value:
             difference = f"{name} {found}, not {value}"
             if name.endswith("_sha256"):
-                difference = f"another {name.removesuffix('_sha256')} file"
+                difference = f"other contents of {name.removesuffix('_sha256')}"
             raise UserError(f"{path}: trained with {difference}. Give the same data and flags")
     return checkpoint
 

@@ -134,8 +134,8 @@ def images_table(out: Path) -> str:
     for script, run, digits in (("vae_mnist.py", "digits", 2), ("vae_anime.py", "faces", 3)):
         runs = [read_json(out, f"{run}-{seed}", "metrics.json") for seed in SEEDS]
         unit = "nats" if run == "digits" else "bits/dim"
-        test = [score(metrics, "test", unit) for metrics in runs]
-        train = [score(metrics, "train", unit) for metrics in runs]
+        test = [neg_elbo(metrics, "test", unit) for metrics in runs]
+        train = [neg_elbo(metrics, "train", unit) for metrics in runs]
         cells = [
             f"`python {script}`",
             f"**{mean_and_spread(test, digits)} {unit}**",
@@ -149,7 +149,7 @@ def images_table(out: Path) -> str:
     return "\n".join(lines)
 
 
-def score(metrics: dict, part: str, unit: str) -> float:
+def neg_elbo(metrics: dict, part: str, unit: str) -> float:
     """The negative ELBO of the test or training images."""
     if unit == "nats":
         return metrics["neg_elbo"][part]
@@ -219,12 +219,16 @@ def mnist_table(out: Path) -> str:
 
 def samples_table(out: Path, kind: str) -> str:
     """What the judge printed, over seeds: "a to b" from the least a to the greatest b."""
-    tables = [printed_table(out, f"{kind}-{seed}-drawn").splitlines() for seed in SEEDS]
-    lines = tables[0][:2]
-    for rows in zip(*(table[2:] for table in tables), strict=True):
-        split = [row.strip("| ").split(" | ") for row in rows]
-        cells = [split[0][0]]
-        for values in zip(*(row[1:] for row in split), strict=True):
+    tables = []
+    for seed in SEEDS:
+        heading, rule, *rows = printed_table(out, f"{kind}-{seed}-drawn").splitlines()
+        tables.append([row.strip("| ").split(" | ") for row in rows])
+
+    lines = [heading, rule]
+    for of_seeds in zip(*tables, strict=True):  # a row of each seed
+        columns = list(zip(*of_seeds, strict=True))
+        cells = [columns[0][0]]
+        for values in columns[1:]:
             cells.append(over_seeds(values))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

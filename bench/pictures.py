@@ -18,6 +18,15 @@ import vae_anime
 
 GAP = 3  # white pixels between pictures
 
+# Figures of runs: name, where it is, and its width in README
+DRAWN = [
+    ("digits-samples", "digits-0/lambda-1/samples.png", 800),
+    ("digits-lambda", "digits-lambda/lambda-sheet.png", 1200),
+    ("faces-lambda", "faces-lambda/lambda-sheet.png", 1200),
+    ("attention", "news-sample/attention-right.png", 1050),
+    ("cvae-training", "cvae/default-0/training.png", 960),
+]
+
 
 def tile(images: np.ndarray, size: int) -> Image.Image:
     """One picture of rows of images, (rows, columns, 64, 64, 3), each `size` pixels wide."""
@@ -51,6 +60,12 @@ def drawn(path: Path, width: int) -> Image.Image:
     return image
 
 
+def save(image: Image.Image, path: Path) -> None:
+    """Write a picture with 256 colours, a third of the size and alike to the eye."""
+    image.quantize(256).save(path, optimize=True)
+    print(f"wrote     {path}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -59,25 +74,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    runs = args.runs
-    pictures = {
-        "faces-samples": lambda: sampled_faces(runs / "faces-0" / "lambda-1"),
-        "faces-walk": lambda: walks(runs / "faces-0" / "lambda-1"),
-        "digits-samples": lambda: drawn(runs / "digits-0" / "lambda-1" / "samples.png", 800),
-        "digits-lambda": lambda: drawn(runs / "digits-lambda" / "lambda-sheet.png", 1200),
-        "faces-lambda": lambda: drawn(runs / "faces-lambda" / "lambda-sheet.png", 1200),
-        "attention": lambda: drawn(runs / "news-sample" / "attention-right.png", 1050),
-        "cvae-training": lambda: drawn(runs / "cvae" / "default-0" / "training.png", 960),
-    }
-    for name, draw in pictures.items():
-        path = args.out / f"{name}.png"
-        try:
-            image = draw()
-        except (OSError, ValueError, vae_anime.UserError) as error:
-            print(f"unchanged {path.name}: {error}")
-            continue
-        image.quantize(256).save(path, optimize=True)
-        print(f"wrote     {path}")
+    for name, place, width in DRAWN:
+        if (args.runs / place).exists():
+            save(drawn(args.runs / place, width), args.out / f"{name}.png")
+        else:
+            print(f"unchanged {name}.png: no {args.runs / place}")
+
+    faces = args.runs / "faces-0" / "lambda-1"
+    if (faces / "interpolation.npz").exists():
+        save(sampled_faces(faces), args.out / "faces-samples.png")
+        save(walks(faces), args.out / "faces-walk.png")
+    else:
+        print(f"unchanged faces-samples.png, faces-walk.png: no finished run in {faces}")
 
 
 if __name__ == "__main__":

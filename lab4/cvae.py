@@ -862,7 +862,7 @@ def load_checkpoint(folder: Path, settings: dict) -> dict | None:
         if found != value:
             difference = f"{name} {found}, not {value}"
             if name.endswith("_sha256"):
-                difference = f"another {name.removesuffix('_sha256')} file"
+                difference = f"other contents of {name.removesuffix('_sha256')}"
             raise UserError(f"{path}: trained with {difference}. Give the same data and flags")
     return checkpoint
 

@@ -35,20 +35,18 @@ KAGGLE = Path("/kaggle/input").resolve()
 
 def find_scripts() -> Path:
     """Return the folder of vae_anime.py: near this notebook, attached to it, or cloned."""
+    # On Kaggle not beside the notebook, where everything counts as its output
+    clone = Path("/tmp/scripts" if KAGGLE.exists() else "scripts")
     attached = sorted(path.parent for path in KAGGLE.rglob("vae_anime.py"))
-    for folder in [Path(), Path(".."), Path("scripts"), *attached]:
+    for folder in [Path(), Path(".."), clone, *attached]:
         if (folder / "vae_anime.py").exists():
             return folder.resolve()
 
-    # On Kaggle not beside the notebook, where everything counts as its output
-    folder = Path("/tmp/scripts" if KAGGLE.exists() else "scripts")
-    if (folder / "vae_anime.py").exists():
-        return folder.resolve()
-    clone = ["git", "clone", "--depth", "1", "https://github.com/OWNER/REPOSITORY", str(folder)]
-    if subprocess.run(clone).returncode != 0:
+    address = "https://github.com/OWNER/REPOSITORY"
+    if subprocess.run(["git", "clone", "--depth", "1", address, str(clone)]).returncode != 0:
         advice = "Switch the internet on, or add a dataset that holds the scripts"
-        raise FileNotFoundError(f"vae_anime.py cannot be fetched into {folder}. {advice}")
-    return folder.resolve()
+        raise FileNotFoundError(f"vae_anime.py cannot be fetched into {clone}. {advice}")
+    return clone.resolve()
 
 
 SCRIPTS = find_scripts()

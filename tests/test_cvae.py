@@ -611,7 +611,7 @@ BAD = [
     (None, None, ["--epochs", "0"], "--epochs: 0: give a whole number"),
     (None, None, ["--limit", "1"], "1 verbs to train on are too few"),
     (None, None, ["--resume", "--hidden-dim", "8"], "trained with hidden_dim 16, not 8"),
-    (TEST, "go went sp->p\n", ["--resume"], "trained with another test file"),
+    (TEST, "go went sp->p\n", ["--resume"], "trained with other contents of test"),
     ("run/checkpoint.pt", "rubbish", ["--resume"], "damaged, or not a checkpoint"),
     ("run/checkpoint.pt", "rubbish", ["--convert", "go"], "damaged, or not a checkpoint"),
     (None, None, ["--convert", "go", "--generate", "3"], "--generate: not allowed with"),

@@ -769,7 +769,7 @@ def test_resume_refuses_other_vectors(here, capsys, before, after):
     path.write_text(after)
     with pytest.raises(SystemExit):
         run("--resume")
-    assert "trained with another vectors file" in the_line(capsys)
+    assert "trained with other contents of vectors" in the_line(capsys)
 
 
 def test_weights_that_do_not_fit_end_with_one_line(here, capsys):

@@ -1488,7 +1488,7 @@ IN_BOTH = [
         "--out out --resume --latent-dim 5",
         "trained with latent_dim 4, not 5. Give the same data and flags",
     ),
-    Case("other data", leave_a_run_on_other_data, "--out out --resume", "with another data file"),
+    Case("other data", leave_a_run_on_other_data, "--out out --resume", "other contents of data"),
     Case(
         "other twin",
         leave_a_run_of_the_other_twin,
