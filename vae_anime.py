@@ -14,9 +14,9 @@
 """Train a variational autoencoder (VAE) with hierarchical latents on colour images of anime faces.
 
 The encoder maps an image x to q(z|x), a Gaussian over 64 global latents z. A decoder maps z to a
-coarse image. Five groups of detail latents d_1 ... d_5, at 8 x 8 and 16 x 16 positions, then add
-what z cannot hold: each group has a prior p(d_i | z, d_<i), and a posterior q(d_i | x, z, d_<i)
-that also sees x (Sønderby et al. 2016; Child 2021):
+coarse image. Five groups of detail latents d_1 ... d_5, four values at each of 16 x 16 positions,
+then add what z cannot hold: each group has a prior p(d_i | z, d_<i), and a posterior
+q(d_i | x, z, d_<i) that also sees x (Sønderby et al. 2016; Child 2021):
 
     p(x, d, z) = p(x|z, d) p(d_1|z) p(d_2|z, d_1) ... p(z)
     log p(x) >= E_q [log p(x|z, d)] - KL(q(z|x) || p(z)) - Σ_i E_q [KL(q(d_i|...) || p(d_i|...))]
@@ -24,8 +24,8 @@ that also sees x (Sønderby et al. 2016; Child 2021):
 
 Training minimizes loss + |x - coarse image|² / (2 · 0.15²). z and its decoder learn from this term
 and their KL alone, so that z holds colours and pose, and the detail latents cannot change what it
-means. During training p(x|z, d) is Gaussian with one learned σ (Rybkin et al. 2021), and p(z) is
-N(0, I). Afterwards
+means. During training p(x|z, d) is Gaussian with one σ, which falls from .2 to .05 (`noise_sigma`),
+and p(z) is N(0, I). Afterwards
 
   - each spatial frequency gets the σ of its own errors (`fit_noise`), and
   - p(z) becomes a mixture of 16 Gaussians fitted to the latents of the training images, if that
@@ -88,7 +88,7 @@ from tqdm import tqdm
 SCRIPT = Path(globals().get("__file__", "vae_anime.py")).resolve()  # a notebook has no __file__
 DATA_FILE = SCRIPT.parent / "data" / "anime-faces.zip"
 SAMPLE_FILE = SCRIPT.parent / "data" / "sample" / "anime-faces.zip"
-CHECKPOINT_VERSION = "vae_anime 8"  # increase it whenever the network changes
+CHECKPOINT_VERSION = "vae_anime 9"  # increase it whenever the network changes
 
 # torchrun starts WORLD_SIZE processes and numbers them; a plain run is one process.
 RANK = int(os.environ.get("RANK", 0))
@@ -100,13 +100,18 @@ DIMENSIONS = 3 * SIZE * SIZE
 
 # Network
 WIDTH = 64  # channels of the network of the detail latents
-DETAIL_CHANNELS = 8  # of each group of detail latents
-DETAIL_SIZES = (8, 8, 8, 16, 16)  # rows and columns of each group
+DETAIL_GROUPS = 5
+DETAIL_CHANNELS = 4  # of each group of detail latents
+DETAIL_SIZE = SIZE // 4  # rows and columns of each group
 PRIOR_COMPONENTS = 16  # at most; 64 would memorize the training latents
 IMAGES_PER_COMPONENT = 450  # at least
 
 # Noise
 COARSE_SIGMA = 0.15  # of the coarse image's own likelihood; a larger one asks less of z
+# σ of p(x|z, d) in training. With a smaller last one reconstructions are better, but the latents
+# hold more detail that their prior cannot foresee, so samples are worse.
+FIRST_SIGMA = 0.2
+LAST_SIGMA = 0.05
 
 # Optimization
 ADAM_BETAS = (0.9, 0.99)
@@ -162,7 +167,7 @@ class Config:
     latent_dim: int = 64
     prior: str = "learned"
     epochs: int = 8
-    batch_size: int = 32
+    batch_size: int = 16
     lr: float = 2e-3
     seed: int = 0
     limit: int | None = None
@@ -174,7 +179,7 @@ class Config:
     resume: bool = False
     evaluate: Path | None = None
     sample: int | None = None
-    temperature: float = 0.9
+    temperature: float = 0.95
     image: int = 0
     device: str = "auto"
 
@@ -485,15 +490,15 @@ def frequencies(images: Tensor) -> Tensor:
 
 
 class SharedNoise(nn.Module):
-    """log p(x|z, d) with one learned σ for all values of all images."""
+    """log p(x|z, d) with one σ for all values of all images, which falls in training."""
 
     def __init__(self):
         super().__init__()
-        self.log_sigma = nn.Parameter(torch.tensor(-1.5))
+        self.register_buffer("shared_sigma", torch.tensor(FIRST_SIGMA))
 
     def log_prob(self, error: Tensor) -> Tensor:
         """The log density of x - mean, (B, 3, 64, 64) -> (B,) (Kingma and Welling 2014, eq. 12)."""
-        normal = D.Normal(0.0, self.log_sigma.exp(), validate_args=False)
+        normal = D.Normal(0.0, self.shared_sigma, validate_args=False)
         return normal.log_prob(error).flatten(1).sum(dim=1)
 
 
@@ -511,16 +516,16 @@ class FrequencyNoise(nn.Module):
 
 
 class DetailGroup(nn.Module):
-    """One group of detail latents d_i, (B, DETAIL_CHANNELS, size, size).
+    """One group of detail latents d_i, (B, DETAIL_CHANNELS, DETAIL_SIZE, DETAIL_SIZE).
 
-    h (B, WIDTH, size, size) holds the features of z and of the groups above.
+    h (B, WIDTH, DETAIL_SIZE, DETAIL_SIZE) holds the features of z and of the groups above.
     """
 
-    def __init__(self, size: int):
+    def __init__(self):
         super().__init__()
-        self.size = size
+        self.trunk = Residual(WIDTH)
         self.prior_net = nn.Sequential(
-            Residual(WIDTH), nn.SiLU(), nn.Conv2d(WIDTH, 2 * DETAIL_CHANNELS, 3, padding=1)
+            nn.SiLU(), nn.Conv2d(WIDTH, 2 * DETAIL_CHANNELS, 3, padding=1)
         )
         self.posterior_net = nn.Sequential(
             nn.Conv2d(2 * WIDTH, WIDTH, 1),
@@ -529,12 +534,6 @@ class DetailGroup(nn.Module):
             nn.Conv2d(WIDTH, 2 * DETAIL_CHANNELS, 3, padding=1),
         )
         self.widen = nn.Conv2d(DETAIL_CHANNELS, WIDTH, 3, padding=1)
-        self.mix = Residual(WIDTH)
-
-    def enter(self, h: Tensor, coarse_features: Tensor) -> Tensor:
-        """Bring h to this group's size, and add the features of the coarse image."""
-        h = F.interpolate(h, self.size)
-        return h + F.adaptive_avg_pool2d(coarse_features, self.size)
 
     def prior(self, h: Tensor) -> D.Independent:
         """p(d_i | z, d_<i)."""
@@ -543,19 +542,14 @@ class DetailGroup(nn.Module):
 
     def posterior(self, h: Tensor, image_features: Tensor) -> D.Independent:
         """q(d_i | x, z, d_<i)."""
-        seen = F.adaptive_avg_pool2d(image_features, self.size)
-        mu, logvar = self.posterior_net(torch.cat([h, seen], dim=1)).chunk(2, dim=1)
+        mu, logvar = self.posterior_net(torch.cat([h, image_features], dim=1)).chunk(2, dim=1)
         return diagonal_gaussian(mu, logvar)
-
-    def leave(self, h: Tensor, detail: Tensor) -> Tensor:
-        """Add the sampled latents to the features."""
-        return self.mix(h + self.widen(detail))
 
 
 class Detail(NamedTuple):
     """One group's latents d = m + s ε, where p(d_i | z, d_<i) is N(m, s²)."""
 
-    noise: Tensor  # ε, (B, DETAIL_CHANNELS, size, size)
+    noise: Tensor  # ε, (B, DETAIL_CHANNELS, DETAIL_SIZE, DETAIL_SIZE)
     sample: Tensor  # d, the same size
     posterior: D.Independent  # q(d_i | x, z, d_<i), which the sample is from
     prior: D.Independent  # p(d_i | z, d_<i)
@@ -614,7 +608,7 @@ class VAE(nn.Module):
         self.image_encoder = nn.Sequential(  # x and 3 (x - coarse image) -> the same size
             nn.Conv2d(6, WIDTH, 4, stride=4), Residual(WIDTH), Residual(WIDTH)
         )
-        self.groups = nn.ModuleList([DetailGroup(size) for size in DETAIL_SIZES])
+        self.groups = nn.ModuleList([DetailGroup() for _ in range(DETAIL_GROUPS)])
         self.detail_decoder = nn.Sequential(  # (B, WIDTH, 16, 16) -> change of the coarse image
             Residual(WIDTH), Upsample(WIDTH, 32), Residual(32), nn.SiLU(), Upsample(32, 3)
         )
@@ -643,12 +637,11 @@ class VAE(nn.Module):
         with autocast(x.device):
             coarse = self.mean_image + self.decoder(z)
             start = coarse.detach()  # so that the detail latents cannot change what z means
-            coarse_features = self.coarse_encoder(start - 0.5)
             image_features = self.image_encoder(torch.cat([x - 0.5, 3 * (x - start)], dim=1))
 
-            h = torch.zeros_like(coarse_features)
+            h = self.coarse_encoder(start - 0.5)
             for group in self.groups:
-                h = group.enter(h, coarse_features)
+                h = group.trunk(h)
                 prior = group.prior(h)
                 posterior = group.posterior(h, image_features)
                 sample = reparameterize(posterior, generator, temperature)
@@ -656,7 +649,7 @@ class VAE(nn.Module):
                 sample = prior.mean + prior.stddev * noise  # in the same steps as `decode`
                 details.append(Detail(noise, sample, posterior, prior))
                 kl = kl + D.kl_divergence(posterior, prior)
-                h = group.leave(h, sample)
+                h = h + group.widen(sample)
             mean = start + self.detail_decoder(h)
         return Inference(mean, coarse, kl, z, details)
 
@@ -664,13 +657,11 @@ class VAE(nn.Module):
         """z (B, k) and the ε of each group -> the mean of p(x|z, d), (B, 3, 64, 64)."""
         with autocast(z.device):
             start = self.mean_image + self.decoder(z)
-            coarse_features = self.coarse_encoder(start - 0.5)
-
-            h = torch.zeros_like(coarse_features)
+            h = self.coarse_encoder(start - 0.5)
             for group, group_noise in zip(self.groups, noise, strict=True):
-                h = group.enter(h, coarse_features)
+                h = group.trunk(h)
                 prior = group.prior(h)
-                h = group.leave(h, prior.mean + prior.stddev * group_noise)
+                h = h + group.widen(prior.mean + prior.stddev * group_noise)
             return start + self.detail_decoder(h)
 
     def forward(self, x: Tensor, generator: Generator) -> Losses:
@@ -694,6 +685,15 @@ def learning_rate(step: int, total_steps: int, peak: float) -> float:
     warmup = 10 * (step + 1) / total_steps
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / total_steps)
     return peak * min(warmup, cosine)
+
+
+def noise_sigma(step: int, total_steps: int) -> float:
+    """From FIRST_SIGMA to LAST_SIGMA, by the same factor each step, in three fifths of the steps.
+
+    So the latents learn what is coarse before what is fine.
+    """
+    part = min(1.0, step / (0.6 * total_steps))
+    return FIRST_SIGMA ** (1 - part) * LAST_SIGMA**part
 
 
 def train(
@@ -729,6 +729,7 @@ def train(
             x = to_pixels(mirrored[RANK::WORLD_SIZE][: len(batch) // WORLD_SIZE])  # of this process
             generator = random_generator(config.seed, epoch, step, RANK, device=device)
 
+            model.noise.shared_sigma.fill_(noise_sigma(step, total_steps))
             reconstruction, kl, coarse = network(x, generator)  # (B,) each
             loss = (reconstruction + config.kl_weight * kl).mean()
 
@@ -868,8 +869,8 @@ def sample_images(model: VAE, count: int, seed: int, temperature: float) -> Tens
     images = []
     for z in model.prior.sample(count, temperature, generator).split(EVAL_BATCH):
         noise = []
-        for size in DETAIL_SIZES:
-            shape = (len(z), DETAIL_CHANNELS, size, size)
+        for _ in model.groups:
+            shape = (len(z), DETAIL_CHANNELS, DETAIL_SIZE, DETAIL_SIZE)
             noise.append(temperature * torch.randn(shape, generator=generator, device=z.device))
         images.append(to_uint8(model.decode(z, noise)))
     return torch.cat(images).cpu()

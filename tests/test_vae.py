@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
@@ -346,7 +347,7 @@ def test_log_prob_with_shared_noise_equals_the_density_of_a_gaussian():
     torch.manual_seed(0)
     error = 0.3 * torch.randn(3, 3, 64, 64)
     noise = vae_anime.SharedNoise()
-    noise.log_sigma.data.fill_(math.log(0.27))
+    noise.shared_sigma.fill_(0.27)
     squares = error.double().square().flatten(1).sum(1)
     expected = -squares / (2 * 0.27**2) - 3 * 64 * 64 * math.log(0.27 * math.sqrt(2 * math.pi))
     torch.testing.assert_close(noise.log_prob(error).double(), expected, rtol=1e-5, atol=0.1)
@@ -359,12 +360,19 @@ def test_frequencies_are_the_orthonormal_cosine_transform():
     np.testing.assert_allclose(vae_anime.frequencies(images), expected, atol=1e-4)
 
 
+def test_the_noise_in_training_falls_by_the_same_factor_and_then_stays():
+    sigmas = [vae_anime.noise_sigma(step, 100) for step in range(100)]
+    assert sigmas[0] == pytest.approx(0.2)
+    assert sigmas[60:] == pytest.approx([0.05] * 40)
+    ratios = [after / before for before, after in itertools.pairwise(sigmas[:61])]
+    assert ratios == pytest.approx([0.25 ** (1 / 60)] * 60)
+
+
 def test_the_same_noise_at_each_frequency_is_shared_noise():
     torch.manual_seed(0)
     error = 0.3 * torch.randn(3, 3, 64, 64)
     shared = vae_anime.SharedNoise()
-    sigma = shared.log_sigma.detach().exp()
-    by_frequency = vae_anime.FrequencyNoise(sigma.expand(3, 64, 64))
+    by_frequency = vae_anime.FrequencyNoise(shared.shared_sigma.expand(3, 64, 64))
     expected = shared.log_prob(error)
     torch.testing.assert_close(by_frequency.log_prob(error), expected, rtol=1e-5, atol=0.1)
 
@@ -433,7 +441,7 @@ def make_details_matter(model) -> None:
     """Give random values to the weights that are 0 at initialization."""
     torch.nn.init.normal_(model.detail_decoder[-1][0].weight, std=0.1)
     for group in model.groups:
-        torch.nn.init.normal_(group.mix.conv2.weight, std=0.1)
+        torch.nn.init.normal_(group.trunk.conv2.weight, std=0.1)
 
 
 @torch.no_grad()
@@ -445,8 +453,7 @@ def test_forward_of_faces_gives_the_terms_of_the_elbo():
 
     q = model.encode(x)
     output = model.infer(x, q, Generator().manual_seed(1))
-    sigma = model.noise.log_sigma.exp()
-    log_prob = D.Normal(output.mean, sigma).log_prob(x).flatten(1).sum(1)
+    log_prob = D.Normal(output.mean, model.noise.shared_sigma).log_prob(x).flatten(1).sum(1)
     kl = D.kl_divergence(D.Normal(q.mean, q.stddev), D.Normal(0.0, 1.0)).sum(1)
     for detail in output.details:
         ratio = detail.posterior.variance / detail.prior.variance
@@ -457,12 +464,11 @@ def test_forward_of_faces_gives_the_terms_of_the_elbo():
     torch.testing.assert_close(losses.kl, kl, rtol=1e-4, atol=0.01)
 
 
-def test_detail_latents_have_the_shapes_of_their_groups():
+def test_detail_latents_come_in_five_groups_at_16_by_16_positions():
     model = tiny_model(vae_anime)
     x = vae_anime.to_pixels(random_images(vae_anime, 3))
     output = model.infer(x, model.encode(x), Generator().manual_seed(0))
-    expected = [(3, 8, 8, 8), (3, 8, 8, 8), (3, 8, 8, 8), (3, 8, 16, 16), (3, 8, 16, 16)]
-    assert [tuple(detail.sample.shape) for detail in output.details] == expected
+    assert [tuple(detail.sample.shape) for detail in output.details] == 5 * [(3, 4, 16, 16)]
 
 
 def gradient(loss: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
@@ -590,9 +596,7 @@ def test_noise_between_two_faces_is_as_long_as_noise_is(monkeypatch):
     """A mean of two noises would have half the variance."""
     model = tiny_model(vae_anime)
     generator = Generator().manual_seed(0)
-    noise = []
-    for size in vae_anime.DETAIL_SIZES:
-        noise.append(torch.randn(2, vae_anime.DETAIL_CHANNELS, size, size, generator=generator))
+    noise = [torch.randn(2, 4, 16, 16, generator=generator) for _ in model.groups]
     seen = []
 
     def decode(z, arc):
