@@ -61,8 +61,10 @@ def drawn(path: Path, width: int) -> Image.Image:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Write a picture with 256 colours, a third of the size and alike to the eye."""
-    image.quantize(256).save(path, optimize=True)
+    """Write a PNG with 256 colours, a third of the size, or a JPEG where that would leave bands."""
+    if path.suffix == ".png":
+        image = image.quantize(256)
+    image.save(path, optimize=True, quality=90)
     print(f"wrote     {path}")
 
 
@@ -82,10 +84,10 @@ def main(argv: list[str] | None = None) -> None:
 
     faces = args.runs / "faces-0" / "lambda-1"
     if (faces / "interpolation.npz").exists():
-        save(sampled_faces(faces), args.out / "faces-samples.png")
-        save(walks(faces), args.out / "faces-walk.png")
+        save(sampled_faces(faces), args.out / "faces-samples.jpg")
+        save(walks(faces), args.out / "faces-walk.jpg")
     else:
-        print(f"unchanged faces-samples.png, faces-walk.png: no finished run in {faces}")
+        print(f"unchanged faces-samples.jpg, faces-walk.jpg: no finished run in {faces}")
 
 
 if __name__ == "__main__":

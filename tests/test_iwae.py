@@ -36,7 +36,7 @@ def log_weight(twin, model, x, q, generator) -> torch.Tensor:
     """ln p(x, z, d) - ln q(z, d|x) of one sample, with p(z) = N(0, I)."""
     if twin is vae_anime:
         output = model.infer(x, q, generator)
-        sigma = model.noise.shared_sigma
+        sigma = torch.tensor(vae_anime.SIGMA)
         dequantized = vae_anime.dequantize(x, generator)
         total = log_normal(dequantized, output.mean, sigma.square().expand_as(x))
         z = output.z

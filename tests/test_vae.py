@@ -347,9 +347,8 @@ def test_log_prob_with_shared_noise_equals_the_density_of_a_gaussian():
     torch.manual_seed(0)
     error = 0.3 * torch.randn(3, 3, 64, 64)
     noise = vae_anime.SharedNoise()
-    noise.shared_sigma.fill_(0.27)
     squares = error.double().square().flatten(1).sum(1)
-    expected = -squares / (2 * 0.27**2) - 3 * 64 * 64 * math.log(0.27 * math.sqrt(2 * math.pi))
+    expected = -squares / (2 * 0.05**2) - 3 * 64 * 64 * math.log(0.05 * math.sqrt(2 * math.pi))
     torch.testing.assert_close(noise.log_prob(error).double(), expected, rtol=1e-5, atol=0.1)
 
 
@@ -360,19 +359,19 @@ def test_frequencies_are_the_orthonormal_cosine_transform():
     np.testing.assert_allclose(vae_anime.frequencies(images), expected, atol=1e-4)
 
 
-def test_the_noise_in_training_falls_by_the_same_factor_and_then_stays():
-    sigmas = [vae_anime.noise_sigma(step, 100) for step in range(100)]
-    assert sigmas[0] == pytest.approx(0.2)
-    assert sigmas[60:] == pytest.approx([0.05] * 40)
-    ratios = [after / before for before, after in itertools.pairwise(sigmas[:61])]
-    assert ratios == pytest.approx([0.25 ** (1 / 60)] * 60)
+def test_the_weight_of_the_reconstruction_rises_by_the_same_factor_and_then_stays():
+    weights = [vae_anime.reconstruction_weight(step, 100) for step in range(100)]
+    assert weights[0] == 1 / 16
+    assert weights[60:] == [1.0] * 40
+    ratios = [after / before for before, after in itertools.pairwise(weights[:61])]
+    assert ratios == pytest.approx([16 ** (1 / 60)] * 60)
 
 
 def test_the_same_noise_at_each_frequency_is_shared_noise():
     torch.manual_seed(0)
     error = 0.3 * torch.randn(3, 3, 64, 64)
     shared = vae_anime.SharedNoise()
-    by_frequency = vae_anime.FrequencyNoise(shared.shared_sigma.expand(3, 64, 64))
+    by_frequency = vae_anime.FrequencyNoise(torch.full((3, 64, 64), vae_anime.SIGMA))
     expected = shared.log_prob(error)
     torch.testing.assert_close(by_frequency.log_prob(error), expected, rtol=1e-5, atol=0.1)
 
@@ -453,7 +452,7 @@ def test_forward_of_faces_gives_the_terms_of_the_elbo():
 
     q = model.encode(x)
     output = model.infer(x, q, Generator().manual_seed(1))
-    log_prob = D.Normal(output.mean, model.noise.shared_sigma).log_prob(x).flatten(1).sum(1)
+    log_prob = D.Normal(output.mean, vae_anime.SIGMA).log_prob(x).flatten(1).sum(1)
     kl = D.kl_divergence(D.Normal(q.mean, q.stddev), D.Normal(0.0, 1.0)).sum(1)
     for detail in output.details:
         ratio = detail.posterior.variance / detail.prior.variance
@@ -769,7 +768,7 @@ def test_parameters_of_the_default_models():
     for twin in TWINS:
         model = twin.VAE(twin.Config().latent_dim)
         counts.append(sum(weight.numel() for weight in model.parameters()))
-    assert counts == [406_665, 3_027_801]
+    assert counts == [406_665, 2_600_840]
 
 
 @each_twin
