@@ -513,7 +513,8 @@ class FrequencyNoise(nn.Module):
 class DetailGroup(nn.Module):
     """One group of detail latents d_i, (B, DETAIL_CHANNELS, DETAIL_SIZE, DETAIL_SIZE).
 
-    h (B, WIDTH, DETAIL_SIZE, DETAIL_SIZE) holds the features of z and of the groups above.
+    h (B, WIDTH, DETAIL_SIZE, DETAIL_SIZE) holds the features of z and of the groups above. It goes
+    through `trunk` before both distributions, and `widen` adds the sampled latents to it.
     """
 
     def __init__(self):
@@ -731,8 +732,7 @@ def train(
             weight = reconstruction_weight(step, total_steps)
             objective = (weight * reconstruction + config.kl_weight * kl + coarse).mean()
             # A large λ scales up all gradients. ADAM_EPSILON and MAX_GRAD_NORM need one scale.
-            objective = objective / max(1.0, config.kl_weight)
-            objective.backward()
+            (objective / max(1.0, config.kl_weight)).backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             is_finite &= torch.isfinite(loss + grad_norm)
             optimizer.param_groups[0]["lr"] = learning_rate(step, total_steps, config.lr)

@@ -674,6 +674,23 @@ def test_overfits_32_images(twin, here):
         assert refined["neg_elbo"] < encoded["neg_elbo"]
 
 
+def test_training_weighs_the_reconstruction_of_faces(here, monkeypatch):
+    """At a weight of 0 the decoder of the details, which starts at 0, learns nothing."""
+    images = random_images(vae_anime, 16)
+    split = {"train": images, "validation": images}
+    config = vae_anime.Config(epochs=1, batch_size=8, latent_dim=4)
+    config.folder.mkdir(parents=True)  # the checkpoint goes there
+
+    learned = []
+    for weight in (0.0, 1.0):
+        monkeypatch.setattr(vae_anime, "reconstruction_weight", lambda *_, weight=weight: weight)
+        model = tiny_model(vae_anime)
+        with vae_anime.tqdm(disable=True) as bar:
+            vae_anime.train(model, split, config, None, bar)
+        learned.append(model.detail_decoder[-1][0].weight.any().item())
+    assert learned == [False, True]
+
+
 @each_twin
 @whole_run
 def test_the_fitted_prior_is_kept_only_where_it_helps(twin, here, monkeypatch):
