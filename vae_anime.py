@@ -405,7 +405,6 @@ class Upsample(nn.Sequential):
         super().__init__(conv, nn.PixelShuffle(2))
 
 
-# Same in vae_mnist.py
 def diagonal_gaussian(mu: Tensor, logvar: Tensor) -> D.Independent:
     """N(μ, diag σ²) for each item of a batch, in float32.
 
@@ -424,7 +423,6 @@ def reparameterize(q: D.Independent, generator: Generator, temperature: float = 
     return q.mean + temperature * q.base_dist.stddev * noise
 
 
-# Same in vae_mnist.py
 class NormalPrior(nn.Module):
     """p(z) = N(0, I)."""
 
@@ -442,7 +440,6 @@ class NormalPrior(nn.Module):
         return temperature * torch.randn(size, generator=generator, device=generator.device)
 
 
-# Same in vae_mnist.py
 class MixturePrior(nn.Module):
     """p(z) = Σ_j w_j N(z; μ_j, L_j L_jᵀ), a mixture of K Gaussians."""
 

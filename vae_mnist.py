@@ -25,7 +25,8 @@ Two things happen after training:
   - The prior p(z), N(0, I) until then, is replaced by a mixture of 64 Gaussians fitted to the
     latents of the training images, if that improves the ELBO of validation images (`fit_prior`).
   - The encoder's q(z|x) is not the best one for an image it has not seen. Before an image is
-    scored or shown, its q(z|x) is improved by gradient descent (`refine_posterior`).
+    scored or shown, its q(z|x) is improved by Newton steps and gets all covariances
+    (`refine_posterior`).
 
 Usage:
 
@@ -104,8 +105,8 @@ IMAGES_PER_COMPONENT = 150  # at least
 ADAM_BETAS = (0.9, 0.99)
 FEW_STEPS = 1000  # with fewer, images stay blurred and the run gives a hint
 MAX_GRAD_NORM = 200.0
-REFINE_STEPS = 80
-REFINE_LR = 0.05
+REFINE_STEPS = 40
+REFINE_RATE = 0.3  # of a Newton step; it falls to 0
 
 # Augmentation: the largest random change in either direction
 MAX_ROTATION = math.radians(8.0)
@@ -503,23 +504,26 @@ class Upsample(nn.Sequential):
         super().__init__(conv, nn.PixelShuffle(2))
 
 
-# Same in vae_anime.py
-def diagonal_gaussian(mu: Tensor, logvar: Tensor) -> D.Independent:
+def diagonal_gaussian(mu: Tensor, logvar: Tensor) -> D.MultivariateNormal:
     """N(μ, diag σ²) for each item of a batch, in float32.
 
     σ is kept between e^-5 and e^2.5, since the KL would be infinite at 0.
     """
     sigma = (0.5 * logvar.float().clamp(-10.0, 5.0)).exp()
-    return D.Independent(D.Normal(mu.float(), sigma, validate_args=False), mu.dim() - 1)
+    return gaussian(mu.float(), sigma.diag_embed())
 
 
-def reparameterize(q: D.Independent, generator: Generator) -> Tensor:
-    """Sample z = μ + σ ε with ε ~ N(0, I), differentiable in both (Kingma and Welling, 2.4)."""
+def gaussian(mu: Tensor, scale_tril: Tensor) -> D.MultivariateNormal:
+    """N(μ, L Lᵀ) for each item of a batch, with L lower triangular."""
+    return D.MultivariateNormal(mu, scale_tril=scale_tril, validate_args=False)
+
+
+def reparameterize(q: D.MultivariateNormal, generator: Generator) -> Tensor:
+    """Sample z = μ + L ε with ε ~ N(0, I), differentiable in both (Kingma and Welling, 2.4)."""
     noise = torch.empty_like(q.mean).normal_(generator=generator)
-    return q.mean + q.base_dist.stddev * noise
+    return q.mean + torch.einsum("bij,bj->bi", q.scale_tril, noise)
 
 
-# Same in vae_anime.py
 class NormalPrior(nn.Module):
     """p(z) = N(0, I)."""
 
@@ -527,9 +531,14 @@ class NormalPrior(nn.Module):
         super().__init__()
         self.latent_dim = latent_dim
 
-    def kl(self, q: D.Independent) -> Tensor:
+    def kl(self, q: D.MultivariateNormal) -> Tensor:
         """KL(q || p), (B,) (Kingma and Welling 2014, appendix B)."""
-        return 0.5 * (q.mean.square() + q.variance - 1 - q.variance.log()).sum(dim=1)
+        log_det = 2 * q.scale_tril.diagonal(dim1=1, dim2=2).log().sum(dim=1)  # of the covariance
+        return 0.5 * ((q.mean.square() + q.variance - 1).sum(dim=1) - log_det)
+
+    def precision(self, q: D.MultivariateNormal) -> Tensor:
+        """The second derivative of the KL in the mean of q, (k, k)."""
+        return torch.eye(self.latent_dim, device=q.mean.device)
 
     def sample(self, count: int, temperature: float, generator: Generator) -> Tensor:
         """Sample (count, k) with all standard deviations multiplied by `temperature`."""
@@ -537,7 +546,6 @@ class NormalPrior(nn.Module):
         return temperature * torch.randn(size, generator=generator, device=generator.device)
 
 
-# Same in vae_anime.py
 class MixturePrior(nn.Module):
     """p(z) = Σ_j w_j N(z; μ_j, L_j L_jᵀ), a mixture of K Gaussians."""
 
@@ -547,19 +555,30 @@ class MixturePrior(nn.Module):
         self.register_buffer("means", means.float())  # μ, (K, k)
         self.register_buffer("scale_tril", scale_tril.float())  # L, (K, k, k)
 
-    def kl(self, q: D.Independent) -> Tensor:
+    def expected_log_probs(self, q: D.MultivariateNormal) -> Tensor:
+        """E_q[log w_j N_j(z)], (B, K).
+
+        With the precision P of N_j and the covariance Σ of q it is log w_j N_j(μ) - 1/2 tr(P Σ).
+        """
+        gaussians = gaussian(self.means, self.scale_tril)
+        traces = q.covariance_matrix.flatten(1) @ gaussians.precision_matrix.flatten(1).T  # (B, K)
+        return self.weights.log() + gaussians.log_prob(q.mean[:, None]) - 0.5 * traces
+
+    def kl(self, q: D.MultivariateNormal) -> Tensor:
         """An upper bound on KL(q || p), (B,), which has no closed form. The ELBO stays a bound.
 
-        By Jensen's inequality E_q[log Σ_j w_j N_j(z)] >= log Σ_j w_j exp(E_q[log N_j(z)]), and
-        E_q[log N_j(z)] = log N_j(μ) - 1/2 Σ_i P_ii σ_i², where P is the precision of N_j.
+        By Jensen's inequality E_q[log Σ_j w_j N_j(z)] >= log Σ_j exp(E_q[log w_j N_j(z)]).
         """
-        gaussians = D.MultivariateNormal(
-            self.means, scale_tril=self.scale_tril, validate_args=False
-        )
-        precision = gaussians.precision_matrix.diagonal(dim1=1, dim2=2)  # (K, k)
-        expected_log_prob = gaussians.log_prob(q.mean[:, None]) - 0.5 * q.variance @ precision.T
-        cross_entropy = -(self.weights.log() + expected_log_prob).logsumexp(dim=1)
-        return cross_entropy - q.entropy()
+        return -self.expected_log_probs(q).logsumexp(dim=1) - q.entropy()
+
+    def precision(self, q: D.MultivariateNormal) -> Tensor:
+        """The mean of the precisions of all N_j by their shares in the bound on the KL, (B, k, k).
+
+        It is the second derivative of `kl` in the mean of q, if the shares stay.
+        """
+        shares = self.expected_log_probs(q).softmax(dim=1)
+        precisions = gaussian(self.means, self.scale_tril).precision_matrix
+        return torch.einsum("bj,jkl->bkl", shares, precisions)
 
     def sample(self, count: int, temperature: float, generator: Generator) -> Tensor:
         """Sample (count, k) with all standard deviations multiplied by `temperature`."""
@@ -597,20 +616,24 @@ class VAE(nn.Module):
         self.register_buffer("mean_image", torch.zeros(1, SIZE, SIZE))
         self.to(memory_format=torch.channels_last)
 
-    def encode(self, x: Tensor) -> D.Independent:
+    def encode(self, x: Tensor) -> D.MultivariateNormal:
         """Binary x (B, 1, 28, 28) -> q(z|x), a Gaussian over (B, k)."""
         with autocast(x.device):
             mu, logvar = self.encoder(x - self.mean_image).chunk(2, dim=1)
         return diagonal_gaussian(mu, logvar)
 
-    def decode(self, z: Tensor) -> D.Independent:
-        """z (B, k) -> p(x|z), Bernoulli over (B, 1, 28, 28) (Kingma and Welling 2014, eq. 11).
+    def logits(self, z: Tensor) -> Tensor:
+        """z (B, k) -> logits of all pixels (B, 1, 28, 28).
 
         The decoder's output is added to the logits of the mean training image.
         """
         with autocast(z.device):
             logits = self.mean_image.clamp(0.01, 0.99).logit() + self.decoder(z)
-        return D.Independent(D.Bernoulli(logits=logits.float(), validate_args=False), 3)
+        return logits.float()
+
+    def decode(self, z: Tensor) -> D.Independent:
+        """z (B, k) -> p(x|z), Bernoulli over (B, 1, 28, 28) (Kingma and Welling 2014, eq. 11)."""
+        return D.Independent(D.Bernoulli(logits=self.logits(z), validate_args=False), 3)
 
     def forward(self, x: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Return reconstruction, -log p(x|z), and KL of each image, (B,) nats."""
@@ -619,28 +642,57 @@ class VAE(nn.Module):
         return -pixels.log_prob(x), self.prior.kl(q)
 
 
-@torch.enable_grad()
-def refine_posterior(
-    model: VAE, x: Tensor, q: D.Independent, kl_weight: float, generator: Generator
-) -> D.Independent:
-    """Improve mean and variance of each image's q(z|x) by gradient descent on its own loss.
+def curvature(model: VAE, q: D.MultivariateNormal) -> Tensor:
+    """The Gauss-Newton matrix Jᵀ diag(p (1 - p)) J of -log p(x|z) at the mean of q, (B, k, k).
 
-    Semi-amortized inference (Kim et al. 2018), without training the encoder through it.
+    J (B, pixels, k) is the derivative of the logits, by differences over one σ to both sides. Where
+    the logits are linear in z, this is the second derivative of -log p(x|z).
     """
-    mu = q.mean.detach().requires_grad_()
-    logvar = q.variance.log().detach().requires_grad_()
-    optimizer = torch.optim.Adam([mu, logvar], betas=ADAM_BETAS)
+    sigma = q.stddev.clamp_min(0.1)  # smaller differences are lost in bfloat16
+    columns = []
+    for step in sigma.diag_embed().unbind(dim=1):  # (B, k), along one dimension
+        difference = model.logits(q.mean + step) - model.logits(q.mean - step)
+        columns.append(difference.flatten(1) / (2 * step.sum(dim=1, keepdim=True)))
+    J = torch.stack(columns, dim=2)
+    p = model.logits(q.mean).flatten(1).sigmoid()
+    return torch.einsum("bpk,bp,bpl->bkl", J, p * (1 - p), J)
+
+
+def laplace(model: VAE, q: D.MultivariateNormal, kl_weight: float) -> D.MultivariateNormal:
+    """The Gaussian at the mean of q whose precision is the second derivative of loss / λ there.
+
+    Precision is the inverse of the covariance.
+    """
+    precision = model.prior.precision(q) + curvature(model, q) / kl_weight
+    return D.MultivariateNormal(q.mean, precision_matrix=precision, validate_args=False)
+
+
+@torch.no_grad()
+def refine_posterior(
+    model: VAE, x: Tensor, q: D.MultivariateNormal, kl_weight: float, generator: Generator
+) -> D.MultivariateNormal:
+    """Improve each image's q(z|x) for its own loss, and give it covariances.
+
+    Damped Newton steps for the mean, then Laplace's approximation there (Park et al. 2019).
+    """
+    kl_weight = max(kl_weight, 0.01)  # at λ = 0 the best σ would be 0
+    q = laplace(model, q, kl_weight)
+    scale_tril = q.scale_tril
 
     for step in range(REFINE_STEPS):
-        q = diagonal_gaussian(mu, logvar)
-        pixels = model.decode(reparameterize(q, generator))
-        loss = kl_weight * model.prior.kl(q).sum() - pixels.log_prob(x).sum()
-        # Not loss.backward(): the model's own weights get no gradient.
-        mu.grad, logvar.grad = torch.autograd.grad(loss, [mu, logvar])
-        optimizer.param_groups[0]["lr"] = REFINE_LR * (1 - step / REFINE_STEPS)
-        optimizer.step()
+        mean = q.mean.detach().requires_grad_()
+        with torch.enable_grad():
+            q = gaussian(mean, scale_tril)
+            pixels = model.decode(reparameterize(q, generator))
+            loss = model.prior.kl(q).sum() - pixels.log_prob(x).sum() / kl_weight
+            (gradient,) = torch.autograd.grad(loss, mean)
 
-    return diagonal_gaussian(mu.detach(), logvar.detach())
+        # L Lᵀ gradient is a Newton step. It is cut to one σ, since -log p(x|z) is not quadratic.
+        direction = torch.einsum("bij,bi->bj", scale_tril, gradient).clamp(-1, 1)
+        rate = REFINE_RATE * (1 - step / REFINE_STEPS)
+        q = gaussian(mean - rate * torch.einsum("bij,bj->bi", scale_tril, direction), scale_tril)
+
+    return laplace(model, q, kl_weight)
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -776,6 +828,7 @@ def evaluate(
             "squared_error": (pixels.mean - x).square().flatten(1).mean(1),
             "mu": q.mean,
             "variance": q.variance,
+            "scale_tril": q.scale_tril,
             "reconstructed": to_uint8(pixels.mean),
         }
         batches.append(results)

@@ -304,7 +304,7 @@ def prior_distribution(prior: nn.Module) -> D.Distribution:
     return D.MixtureSameFamily(D.Categorical(prior.weights), gaussians)
 
 
-def sample_digits(model, x: Tensor, q: D.Independent, generator) -> Weights:
+def sample_digits(model, x: Tensor, q: D.MultivariateNormal, generator) -> Weights:
     z = vae_mnist.reparameterize(q, generator)
     return Weights(
         log_likelihood=model.decode(z).log_prob(x),
@@ -330,7 +330,7 @@ def iwae_bound(
     script: ModuleType,
     model: nn.Module,
     x: Tensor,
-    q: D.Independent,
+    q: D.Distribution,
     samples: int,
     generator: torch.Generator,
 ) -> Tensor:
@@ -350,7 +350,10 @@ def measure_iwae(
     generator = script.random_generator(seed)
     some = torch.randperm(len(images), generator=generator)[:IWAE_IMAGES]
     x = script.to_pixels(images[some])
-    q = script.diagonal_gaussian(per_image["mu"][some], per_image["variance"][some].log())
+    if script is vae_mnist:
+        q = script.gaussian(per_image["mu"][some], per_image["scale_tril"][some])
+    else:
+        q = script.diagonal_gaussian(per_image["mu"][some], per_image["variance"][some].log())
     bound = iwae_bound(script, model, x, q, IWAE_SAMPLES, generator).mean().item()
     neg_elbo = per_image["reconstruction"][some] + per_image["kl"][some]
     return {
@@ -361,25 +364,17 @@ def measure_iwae(
     }
 
 
-def mutual_information(mu: Tensor, logvar: Tensor) -> float:
-    """I(x; z) = E log q(z|x) / q(z) in nats, over N posteriors (N, k) of which q(z) is the mixture.
+def mutual_information(mu: Tensor, scale_tril: Tensor) -> float:
+    """I(x; z) = E log q(z|x) / q(z) in nats, over N posteriors N(μ, L Lᵀ) whose mixture is q(z).
 
     Hoffman and Johnson 2016, "ELBO surgery". N images can show ln N nats at most.
     """
     noise = torch.randn(mu.shape, generator=t.random_generator(len(mu))).double()
-    z = mu + (0.5 * logvar).exp() * noise
-    precision = (-logvar).exp()
-
-    # Squared distances of each z_i from each mu_j in units of sigma_j, (N, N)
-    square = z.square() @ precision.T
-    square -= 2 * z @ (mu * precision).T
-    square += (mu.square() * precision).sum(dim=1)
-
-    # Both without the constant k/2 ln 2π, which cancels
-    log_q = -0.5 * (noise.square() + logvar).sum(dim=1)
-    log_components = -0.5 * (square + logvar.sum(dim=1))
-    log_mixture = log_components.logsumexp(dim=1) - math.log(len(mu))
-    return (log_q - log_mixture).mean().item()
+    z = mu + torch.einsum("nij,nj->ni", scale_tril, noise)
+    posteriors = D.MultivariateNormal(mu, scale_tril=scale_tril)
+    log_q = posteriors.log_prob(z)
+    log_mixture = [posteriors.log_prob(one).logsumexp(dim=0) for one in z]
+    return (log_q - torch.stack(log_mixture)).mean().item() + math.log(len(mu))
 
 
 class Whitening(NamedTuple):
@@ -405,13 +400,13 @@ def whitening(prior: nn.Module) -> Whitening:
     return Whitening(mean, torch.linalg.inv(torch.linalg.cholesky(covariance)))
 
 
-def aggregate_posterior(mu: Tensor, logvar: Tensor, white: Whitening) -> tuple[Tensor, Tensor]:
-    """Mean (k,) and eigenvalues (k,) of the covariance of the mixture of N posteriors (N, k).
+def aggregate_posterior(mu: Tensor, scale_tril: Tensor, white: Whitening) -> tuple[Tensor, Tensor]:
+    """Mean (k,) and eigenvalues (k,) of the covariance of the mixture of N posteriors N(μ, L Lᵀ).
 
     In u = A (z - mean), where the prior has mean 0 and covariance I.
     """
     mean_u = (mu - white.mean) @ white.A.T
-    within = white.A @ logvar.exp().mean(dim=0).diag() @ white.A.T
+    within = white.A @ (scale_tril @ scale_tril.mT).mean(dim=0) @ white.A.T
     covariance = within + mean_u.T.cov(correction=0)
     return mean_u.mean(dim=0), torch.linalg.eigvalsh(covariance)
 
@@ -457,14 +452,15 @@ def measure_one_vae(script: ModuleType, run: Path) -> None:
 
     if script is vae_mnist:
         _, per_image = script.evaluate(model, test, config, refine=True)
+        scale_tril = per_image["scale_tril"].double()
     else:
         _, per_image = script.evaluate(model, test, config)
+        scale_tril = per_image["variance"].double().sqrt().diag_embed()
     mu = per_image["mu"].double()
-    logvar = per_image["variance"].double().log()
-    mean, eigenvalues = aggregate_posterior(mu, logvar, whitening(model.prior))
+    mean, eigenvalues = aggregate_posterior(mu, scale_tril, whitening(model.prior))
 
     measured = {
-        "mutual_information": mutual_information(mu, logvar),
+        "mutual_information": mutual_information(mu, scale_tril),
         "mutual_information_limit": math.log(len(mu)),
         "aggregate_mean_largest": mean.abs().max().item(),
         "aggregate_covariance_eigenvalues": [eigenvalues.min().item(), eigenvalues.max().item()],

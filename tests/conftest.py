@@ -26,7 +26,7 @@ import vae_mnist
 
 @pytest.fixture
 def short_refinement(monkeypatch):
-    """Take 4 steps instead of 80 when a digit's posterior is refined.
+    """Take 4 steps instead of 40 when a digit's posterior is refined.
 
     This is for tests that run the whole script, and do not look at how good its posteriors are.
     """

@@ -78,7 +78,7 @@ def test_iwae_with_one_sample_is_the_elbo_on_average(twin):
             elbo = model.noise.log_prob(error) - output.kl
         else:
             pixels = model.decode(twin.reparameterize(q, generator))
-            normal = D.Independent(D.Normal(torch.zeros(1, 4), torch.ones(1, 4)), 1)
+            normal = D.MultivariateNormal(torch.zeros(4), torch.eye(4))
             elbo = pixels.log_prob(x) - D.kl_divergence(q, normal)
         elbos.append(elbo.item())
 

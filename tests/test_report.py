@@ -287,17 +287,19 @@ def test_other_images_than_the_run_was_trained_on_are_refused(here, capsys):
 
 
 def test_mutual_information_of_posteriors_that_are_all_alike():
-    zeros = torch.zeros(500, 4).double()
-    assert abs(measure.mutual_information(zeros, zeros)) < 1e-6
+    mu = torch.zeros(500, 4).double()
+    scale_tril = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).double().tril()
+    scale_tril.diagonal().abs_()
+    assert abs(measure.mutual_information(mu, scale_tril.expand(500, 4, 4))) < 1e-6
 
 
 @pytest.fixture
 def sharp():
-    """Means and log variances of posteriors that tell all images apart but in one dimension."""
+    """Means and covariances' roots of posteriors that tell images apart but in one dimension."""
     mu = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)).double()
     mu[:, 3] = 0
-    logvar = torch.tensor([-12.0, -12.0, -12.0, 0.0]).double().expand(500, 4)
-    return mu, logvar
+    sigma = torch.tensor([0.0025, 0.0025, 0.0025, 1.0]).double()
+    return mu, sigma.diag().expand(500, 4, 4)
 
 
 def test_mutual_information_of_sharp_posteriors(sharp):
@@ -312,9 +314,9 @@ def test_the_aggregate_of_samples_of_the_prior_is_the_prior(sharp):
 
 
 def test_the_aggregate_is_measured_in_units_of_the_prior(sharp):
-    mu, logvar = sharp
+    mu, scale_tril = sharp
     white = measure.Whitening(torch.full((4,), 3.0).double(), 2 * torch.eye(4).double())
-    mean, eigenvalues = measure.aggregate_posterior(mu + 3, logvar, white)
+    mean, eigenvalues = measure.aggregate_posterior(mu + 3, scale_tril, white)
     assert mean.abs().max() < 0.4
     assert 2.8 < eigenvalues.min() < eigenvalues.max() < 5.6
 

@@ -96,7 +96,7 @@ def test_marks_are_found(script):
 @pytest.mark.parametrize(
     "old, new, blamed",
     [
-        ("(0.5 * logvar.float()", "(0.4 * logvar.float()", "diagonal_gaussian differs in"),
+        ("self.conv1(F.silu(x))", "self.conv1(F.relu(x))", "Residual differs in"),
         ("def reason(", "def cause(", "cause is not in"),
         ("class UserError(Exc", "class UserError(ValueErr", "UserError differs in"),
         (

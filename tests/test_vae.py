@@ -219,6 +219,41 @@ def test_kl_to_a_mixture_of_one_equals_torch_distributions(twin):
     torch.testing.assert_close(kl, D.kl_divergence(q, p), rtol=1e-4, atol=1e-4)
 
 
+def full_gaussians() -> D.MultivariateNormal:
+    """Five Gaussians over six dimensions, with all covariances."""
+    scale_tril = torch.randn(5, 6, 6).tril(-1) + (0.1 + torch.rand(5, 6)).diag_embed()
+    return vae_mnist.gaussian(torch.randn(5, 6), scale_tril)
+
+
+def test_kl_of_digits_counts_covariances():
+    torch.manual_seed(0)
+    q = full_gaussians()
+    normal = D.MultivariateNormal(torch.zeros(6), torch.eye(6))
+    torch.testing.assert_close(vae_mnist.NormalPrior(6).kl(q), D.kl_divergence(q, normal))
+
+    prior = random_mixture(vae_mnist, 1, 6)
+    p = D.MultivariateNormal(prior.means, scale_tril=prior.scale_tril)
+    torch.testing.assert_close(prior.kl(q), D.kl_divergence(q, p), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("components", [0, 1, 3])
+def test_a_priors_precision_is_the_second_derivative_of_the_kl(components):
+    """Where one Gaussian of a mixture has nearly all of the share, as here of three far apart."""
+    torch.manual_seed(0)
+    prior = random_mixture(vae_mnist, components, 6) if components else vae_mnist.NormalPrior(6)
+    if components == 3:
+        prior.means += 100 * torch.arange(3)[:, None]
+    q = full_gaussians()
+    mu = q.mean[0]
+
+    def kl(mu):
+        return prior.kl(vae_mnist.gaussian(mu[None], q.scale_tril[:1])).sum()
+
+    hessian = torch.autograd.functional.hessian(kl, mu)
+    precision = prior.precision(q).expand(5, 6, 6)[0]
+    torch.testing.assert_close(precision, hessian, rtol=1e-3, atol=1e-2)
+
+
 @each_twin
 @pytest.mark.parametrize(
     "logvar, tightness",
@@ -430,7 +465,7 @@ def test_forward_of_digits_gives_the_terms_of_the_elbo():
     pixels = model.decode(q.mean + q.variance.sqrt() * noise)
     logits = pixels.base_dist.logits
     cross_entropy = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
-    normal = D.Independent(D.Normal(torch.zeros(3, 4), torch.ones(3, 4)), 1)
+    normal = D.MultivariateNormal(torch.zeros(4), torch.eye(4))
 
     torch.testing.assert_close(reconstruction, cross_entropy.sum((1, 2, 3)))
     torch.testing.assert_close(kl, D.kl_divergence(q, normal))
@@ -497,6 +532,40 @@ def test_details_cannot_change_what_z_means():
     assert gradient(losses.coarse.sum(), model.encoder).any()
     assert gradient(losses.coarse.sum(), model.decoder).any()
     assert gradient(losses.reconstruction.sum(), model.detail_decoder).any()
+
+
+def linear_digits():
+    """A model whose logits are linear in z, and know the sum of its first two dimensions alone."""
+    model = tiny_model(vae_mnist)
+    linear = torch.nn.Linear(4, 28 * 28)
+    linear.weight.data[:, 1] = linear.weight.data[:, 0]
+    model.decoder = torch.nn.Sequential(linear, torch.nn.Unflatten(1, (1, 28, 28)))
+    return model
+
+
+def test_curvature_is_the_second_derivative_where_logits_are_linear(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    model = linear_digits()
+    x = vae_mnist.to_pixels(random_images(vae_mnist, 1))
+    q = vae_mnist.diagonal_gaussian(torch.randn(1, 4), torch.randn(1, 4))
+
+    def reconstruction(z):
+        return -model.decode(z).log_prob(x).sum()
+
+    hessian = torch.autograd.functional.hessian(reconstruction, q.mean)
+    found = vae_mnist.curvature(model, q)
+    torch.testing.assert_close(found[0], hessian[0, :, 0], rtol=1e-3, atol=1e-3)
+
+
+def test_refined_posteriors_know_that_one_latent_makes_up_for_another():
+    model = linear_digits()
+    x = vae_mnist.to_pixels(random_images(vae_mnist, 3))
+    q = model.encode(x)
+    assert not q.covariance_matrix[:, 0, 1].any()
+    refined = vae_mnist.refine_posterior(model, x, q, 1.0, Generator().manual_seed(0))
+    sigma = refined.stddev
+    correlation = refined.covariance_matrix[:, 0, 1] / sigma[:, 0] / sigma[:, 1]
+    assert correlation.max() < -0.9
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0, 100.0])
