@@ -828,7 +828,6 @@ def evaluate(
             "squared_error": (pixels.mean - x).square().flatten(1).mean(1),
             "mu": q.mean,
             "variance": q.variance,
-            "scale_tril": q.scale_tril,
             "reconstructed": to_uint8(pixels.mean),
         }
         batches.append(results)

@@ -551,8 +551,8 @@ def mnist(args: Namespace) -> None:
     vae_mnist.fit_prior(model, images, config)
     seconds = time.monotonic() - started
 
-    scores, per_image = vae_mnist.evaluate(model, test, config, refine=True)
-    bounds = measure.measure_iwae(vae_mnist, model, test, per_image, config.seed)
+    scores = measure.score(vae_mnist, model, test, config)
+    bounds = measure.measure_iwae(vae_mnist, model, test, config)
     row = {
         "neg_elbo": scores["neg_elbo"],
         "iwae": bounds["iwae"],

@@ -343,24 +343,37 @@ def iwae_bound(
     return torch.stack(log_weights).logsumexp(dim=0) - math.log(samples)
 
 
-def measure_iwae(
-    script: ModuleType, model: nn.Module, images: Tensor, per_image: dict[str, Tensor], seed: int
-) -> dict:
+@torch.no_grad()
+def find_posterior(script: ModuleType, model: nn.Module, x: Tensor, config) -> D.Distribution:
+    """q(z|x) as the script scores it; that of digits is refined."""
+    q = model.encode(x)
+    if script is vae_mnist:
+        generator = script.random_generator(config.seed)
+        q = script.refine_posterior(model, x, q, config.kl_weight, generator)
+    return q
+
+
+def score(script: ModuleType, model: nn.Module, images: Tensor, config) -> dict[str, float]:
+    """The script's own scores of these images; posteriors of digits are refined."""
+    if script is vae_mnist:
+        scores, _ = script.evaluate(model, images, config, refine=True)
+    else:
+        scores, _ = script.evaluate(model, images, config)
+    return scores
+
+
+def measure_iwae(script: ModuleType, model: nn.Module, images: Tensor, config) -> dict:
     """The importance-weighted bound on some test images, and the ELBO on the same ones."""
-    generator = script.random_generator(seed)
+    generator = script.random_generator(config.seed)
     some = torch.randperm(len(images), generator=generator)[:IWAE_IMAGES]
     x = script.to_pixels(images[some])
-    if script is vae_mnist:
-        q = script.gaussian(per_image["mu"][some], per_image["scale_tril"][some])
-    else:
-        q = script.diagonal_gaussian(per_image["mu"][some], per_image["variance"][some].log())
+    q = find_posterior(script, model, x, config)
     bound = iwae_bound(script, model, x, q, IWAE_SAMPLES, generator).mean().item()
-    neg_elbo = per_image["reconstruction"][some] + per_image["kl"][some]
     return {
         "iwae": -bound,
         "iwae_samples": IWAE_SAMPLES,
         "iwae_images": len(some),
-        "iwae_neg_elbo": neg_elbo.mean().item(),
+        "iwae_neg_elbo": score(script, model, images[some], config)["neg_elbo"],
     }
 
 
@@ -435,9 +448,9 @@ def one_sigma_bits(script: ModuleType, model: nn.Module, images: Tensor, config)
     shared = script.FrequencyNoise(model.noise.sigma.square().mean().sqrt())
     whole = model.noise
     model.noise = shared
-    scores, _ = script.evaluate(model, images, config)
+    bits = score(script, model, images, config)["bits_per_dim"]
     model.noise = whole
-    return scores["bits_per_dim"]
+    return bits
 
 
 def measure_one_vae(script: ModuleType, run: Path) -> None:
@@ -450,13 +463,12 @@ def measure_one_vae(script: ModuleType, run: Path) -> None:
     test = script.split_images(images, config)["test"]
     test = test[:MI_IMAGES]
 
+    q = find_posterior(script, model, script.to_pixels(test), config)
+    mu = q.mean.double()
     if script is vae_mnist:
-        _, per_image = script.evaluate(model, test, config, refine=True)
-        scale_tril = per_image["scale_tril"].double()
+        scale_tril = q.scale_tril.double()
     else:
-        _, per_image = script.evaluate(model, test, config)
-        scale_tril = per_image["variance"].double().sqrt().diag_embed()
-    mu = per_image["mu"].double()
+        scale_tril = q.variance.double().sqrt().diag_embed()
     mean, eigenvalues = aggregate_posterior(mu, scale_tril, whitening(model.prior))
 
     measured = {
@@ -465,7 +477,7 @@ def measure_one_vae(script: ModuleType, run: Path) -> None:
         "aggregate_mean_largest": mean.abs().max().item(),
         "aggregate_covariance_eigenvalues": [eigenvalues.min().item(), eigenvalues.max().item()],
     }
-    measured |= measure_iwae(script, model, test, per_image, config.seed)
+    measured |= measure_iwae(script, model, test, config)
     if script is vae_anime:
         measured["bits_per_dim_one_sigma"] = one_sigma_bits(script, model, test, config)
     plot_aggregate(run / "aggregate-posterior.png", mean, eigenvalues, len(mu))
