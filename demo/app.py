@@ -34,7 +34,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Distribution
 
 import transformer
 import vae_anime
@@ -377,7 +377,7 @@ class DigitRuns(ImageRuns):
     script = vae_mnist
     subject = "handwritten digits"
 
-    def posterior(self, kl_weight: str, x: Tensor) -> Independent:
+    def posterior(self, kl_weight: str, x: Tensor) -> Distribution:
         """q(z|x), refined as for the final results of the script."""
         model = self.models[kl_weight]
         q = model.encode(x)
@@ -411,7 +411,7 @@ class FaceRuns(ImageRuns):
         "A walk changes both, and starts and ends at the reconstructions."
     )
 
-    def posterior(self, kl_weight: str, x: Tensor) -> Independent:
+    def posterior(self, kl_weight: str, x: Tensor) -> Distribution:
         return self.models[kl_weight].encode(x)
 
     def mean_image(self, kl_weight: str, path: str | None) -> Tensor:
@@ -439,7 +439,9 @@ class FaceRuns(ImageRuns):
 
 @lru_cache(maxsize=256)  # each move of a slider asks for the same one
 @torch.no_grad()
-def find_posterior(runs: ImageRuns, kl_weight: str, path: str | None) -> tuple[Tensor, Independent]:
+def find_posterior(
+    runs: ImageRuns, kl_weight: str, path: str | None
+) -> tuple[Tensor, Distribution]:
     """Return a picture's pixels x, (1, C, H, W), and q(z|x)."""
     x = runs.read_image(kl_weight, path)
     return x, runs.posterior(kl_weight, x)
@@ -491,7 +493,7 @@ def samples_tab(runs: ImageRuns, kl_weight: gr.Radio) -> None:
     with gr.Column():
         seed = Seed()
         label = "Temperature (1: as learned)"
-        temperature = gr.Slider(0, 1.2, runs.temperature, step=0.05, label=label)
+        temperature = gr.Slider(0, 1.2, runs.temperature, step=0.01, label=label)
         button = gr.Button(f"Sample {SAMPLES}", variant="primary")
 
     first = runs.sample(runs.start, 0, runs.temperature)

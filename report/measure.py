@@ -364,7 +364,7 @@ def score(script: ModuleType, model: nn.Module, images: Tensor, config) -> dict[
 
 def measure_iwae(script: ModuleType, model: nn.Module, images: Tensor, config) -> dict:
     """The importance-weighted bound on some test images, and the ELBO on the same ones."""
-    generator = script.random_generator(config.seed)
+    generator = script.random_generator(config.seed, "iwae")
     some = torch.randperm(len(images), generator=generator)[:IWAE_IMAGES]
     x = script.to_pixels(images[some])
     q = find_posterior(script, model, x, config)
@@ -448,9 +448,9 @@ def one_sigma_bits(script: ModuleType, model: nn.Module, images: Tensor, config)
     shared = script.FrequencyNoise(model.noise.sigma.square().mean().sqrt())
     whole = model.noise
     model.noise = shared
-    bits = score(script, model, images, config)["bits_per_dim"]
+    scores, _ = script.evaluate(model, images, config)
     model.noise = whole
-    return bits
+    return scores["bits_per_dim"]
 
 
 def measure_one_vae(script: ModuleType, run: Path) -> None:
@@ -463,12 +463,14 @@ def measure_one_vae(script: ModuleType, run: Path) -> None:
     test = script.split_images(images, config)["test"]
     test = test[:MI_IMAGES]
 
-    q = find_posterior(script, model, script.to_pixels(test), config)
-    mu = q.mean.double()
-    if script is vae_mnist:
-        scale_tril = q.scale_tril.double()
-    else:
-        scale_tril = q.variance.double().sqrt().diag_embed()
+    means = []
+    roots = []  # Cholesky factors of the covariances
+    for batch in test.split(script.EVAL_BATCH):
+        q = find_posterior(script, model, script.to_pixels(batch), config)
+        means.append(q.mean)
+        roots.append(q.scale_tril if script is vae_mnist else q.base_dist.stddev.diag_embed())
+    mu = torch.cat(means).double()
+    scale_tril = torch.cat(roots).double()
     mean, eigenvalues = aggregate_posterior(mu, scale_tril, whitening(model.prior))
 
     measured = {

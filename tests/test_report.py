@@ -295,7 +295,7 @@ def test_mutual_information_of_posteriors_that_are_all_alike():
 
 @pytest.fixture
 def sharp():
-    """Means and covariances' roots of posteriors that tell images apart but in one dimension."""
+    """Means and Cholesky factors of posteriors that tell images apart but in one place."""
     mu = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)).double()
     mu[:, 3] = 0
     sigma = torch.tensor([0.0025, 0.0025, 0.0025, 1.0]).double()
@@ -319,6 +319,24 @@ def test_the_aggregate_is_measured_in_units_of_the_prior(sharp):
     mean, eigenvalues = measure.aggregate_posterior(mu + 3, scale_tril, white)
     assert mean.abs().max() < 0.4
     assert 2.8 < eigenvalues.min() < eigenvalues.max() < 5.6
+
+
+def test_covariances_of_posteriors_count():
+    """All posteriors alike but in their means, so that their mixture is a Gaussian, too."""
+    torch.manual_seed(0)
+    root = torch.tensor([[1.0, 0.0], [2.0, 0.5]]).double()
+    covariance = root @ root.mT
+    spread = torch.tensor([[3.0, 1.0], [1.0, 2.0]]).double()  # of the means
+    mu = torch.randn(2000, 2).double() @ torch.linalg.cholesky(spread).mT
+    scale_tril = root.expand(2000, 2, 2)
+
+    white = measure.Whitening(torch.zeros(2).double(), torch.eye(2).double())
+    _, eigenvalues = measure.aggregate_posterior(mu, scale_tril, white)
+    expected = torch.linalg.eigvalsh(covariance + spread)
+    torch.testing.assert_close(eigenvalues, expected, rtol=0.1, atol=0)
+
+    information = 0.5 * (torch.logdet(covariance + spread) - torch.logdet(covariance)).item()
+    assert measure.mutual_information(mu, scale_tril) == pytest.approx(information, abs=0.1)
 
 
 def test_whitening_gives_the_prior_mean_0_and_covariance_1():

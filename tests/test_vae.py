@@ -244,14 +244,19 @@ def test_a_priors_precision_is_the_second_derivative_of_the_kl(components):
     if components == 3:
         prior.means += 100 * torch.arange(3)[:, None]
     q = full_gaussians()
-    mu = q.mean[0]
+    places = torch.zeros(5, 6)
+    if components == 3:
+        places = prior.means[[0, 1, 2, 1, 0]]
+    q = vae_mnist.gaussian(q.mean + places, q.scale_tril)
 
-    def kl(mu):
-        return prior.kl(vae_mnist.gaussian(mu[None], q.scale_tril[:1])).sum()
+    precision = prior.precision(q).expand(5, 6, 6)
+    for i in range(5):
 
-    hessian = torch.autograd.functional.hessian(kl, mu)
-    precision = prior.precision(q).expand(5, 6, 6)[0]
-    torch.testing.assert_close(precision, hessian, rtol=1e-3, atol=1e-2)
+        def kl(mu, i=i):
+            return prior.kl(vae_mnist.gaussian(mu[None], q.scale_tril[i : i + 1])).sum()
+
+        hessian = torch.autograd.functional.hessian(kl, q.mean[i])
+        torch.testing.assert_close(precision[i], hessian, rtol=1e-2, atol=1e-2)
 
 
 @each_twin
@@ -263,7 +268,8 @@ def test_a_priors_precision_is_the_second_derivative_of_the_kl(components):
 def test_kl_to_a_mixture_is_an_upper_bound_and_tight_for_a_sharp_posterior(twin, logvar, tightness):
     torch.manual_seed(0)
     prior = random_mixture(twin, 4, 3)
-    q = twin.diagonal_gaussian(torch.randn(5, 3), logvar)
+    near = prior.means[torch.arange(5) % 4]  # another Gaussian's mean for each
+    q = twin.diagonal_gaussian(near + 0.5 * torch.randn(5, 3), logvar)
     z = q.sample((20_000,))
     sampled = (q.log_prob(z) - log_mixture(prior, z)).mean(0)
     excess = prior.kl(q) - sampled
@@ -543,29 +549,103 @@ def linear_digits():
     return model
 
 
-def test_curvature_is_the_second_derivative_where_logits_are_linear(monkeypatch):
+def second_derivatives(model, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """Those of -log p(x|z) of each image in z, by autograd, (B, k, k)."""
+    found = []
+    for one, latent in zip(x, z, strict=True):
+
+        def reconstruction(latent, one=one):
+            return -model.decode(latent[None]).log_prob(one[None]).sum()
+
+        found.append(torch.autograd.functional.hessian(reconstruction, latent))
+    return torch.stack(found)
+
+
+@pytest.fixture
+def float32(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+
+
+def test_curvature_is_the_second_derivative_where_logits_are_linear(float32):
+    torch.manual_seed(0)
     model = linear_digits()
-    x = vae_mnist.to_pixels(random_images(vae_mnist, 1))
-    q = vae_mnist.diagonal_gaussian(torch.randn(1, 4), torch.randn(1, 4))
-
-    def reconstruction(z):
-        return -model.decode(z).log_prob(x).sum()
-
-    hessian = torch.autograd.functional.hessian(reconstruction, q.mean)
-    found = vae_mnist.curvature(model, q)
-    torch.testing.assert_close(found[0], hessian[0, :, 0], rtol=1e-3, atol=1e-3)
+    x = vae_mnist.to_pixels(random_images(vae_mnist, 3))
+    q = vae_mnist.diagonal_gaussian(torch.randn(3, 4), torch.randn(3, 4))
+    expected = second_derivatives(model, x, q.mean)
+    torch.testing.assert_close(vae_mnist.curvature(model, q), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_refined_posteriors_know_that_one_latent_makes_up_for_another():
+def test_curvature_of_the_network_is_the_gauss_newton_matrix(float32):
+    torch.manual_seed(0)
+    model = tiny_model(vae_mnist)
+    for layer in model.decoder.modules():
+        if isinstance(layer, vae_mnist.Residual):
+            torch.nn.init.normal_(layer.conv2.weight, std=0.1)
+    z = 2 * torch.randn(1, 4)
+    q = vae_mnist.diagonal_gaussian(z, torch.full((1, 4), -8.0))
+    J = torch.autograd.functional.jacobian(lambda z: model.logits(z).flatten(), z)[:, 0]
+    p = model.logits(z).sigmoid().flatten()
+    expected = J.T @ ((p * (1 - p))[:, None] * J)
+    error = vae_mnist.curvature(model, q)[0] - expected
+    assert error.norm() < 0.01 * expected.norm()
+
+
+def test_a_refined_posterior_is_laplaces_approximation_at_the_mode(float32):
+    """Where log p(x, z) has one: with linear logits, and a prior of one Gaussian."""
+    torch.manual_seed(0)
+    model = linear_digits()
+    model.prior = random_mixture(vae_mnist, 1, 4)
+    with torch.no_grad():
+        x = model.decode(torch.randn(3, 4)).sample()
+        encoded = model.encode(x)
+    refined = vae_mnist.refine_posterior(model, x, encoded, 1.0, Generator().manual_seed(0))
+
+    precision = model.prior.precision(refined)
+    expected = second_derivatives(model, x, refined.mean) + precision
+    torch.testing.assert_close(refined.precision_matrix, expected, rtol=1e-2, atol=1e-2)
+
+    mode = encoded.mean.clone()
+    for _ in range(20):
+        mode.requires_grad_()
+        pull = torch.einsum("bkl,bl->bk", precision, mode - model.prior.means)
+        (gradient,) = torch.autograd.grad(-model.decode(mode).log_prob(x).sum(), mode)
+        hessian = second_derivatives(model, x, mode) + precision
+        mode = (mode - torch.linalg.solve(hessian, gradient + pull)).detach()
+
+    def distances(mean):
+        """In units of σ, in the metric of the refined posterior."""
+        offset = mean - mode
+        return torch.einsum("bk,bkl,bl->b", offset, refined.precision_matrix, offset).sqrt()
+
+    assert distances(encoded.mean).min() > 3
+    assert distances(refined.mean).max() < 0.7
+
+
+def test_no_step_of_a_refined_mean_is_longer_than_one_sigma(float32, monkeypatch):
+    torch.manual_seed(0)
+    model = linear_digits()
+    with torch.no_grad():
+        x = model.decode(10 * torch.randn(3, 4)).sample()
+        q = model.encode(x)
+    monkeypatch.setattr(vae_mnist, "REFINE_STEPS", 1)
+    refined = vae_mnist.refine_posterior(model, x, q, 1.0, Generator().manual_seed(0))
+
+    scale_tril = vae_mnist.laplace(model, q, 1.0).scale_tril
+    offset = (refined.mean - q.mean)[:, :, None]
+    moved = torch.linalg.solve_triangular(scale_tril, offset, upper=False).abs()
+    assert moved.max().item() == pytest.approx(vae_mnist.REFINE_RATE, rel=1e-3)
+
+
+def test_a_small_lambda_makes_refined_posteriors_sharp():
     model = linear_digits()
     x = vae_mnist.to_pixels(random_images(vae_mnist, 3))
     q = model.encode(x)
-    assert not q.covariance_matrix[:, 0, 1].any()
-    refined = vae_mnist.refine_posterior(model, x, q, 1.0, Generator().manual_seed(0))
-    sigma = refined.stddev
-    correlation = refined.covariance_matrix[:, 0, 1] / sigma[:, 0] / sigma[:, 1]
-    assert correlation.max() < -0.9
+    sigmas = []
+    for kl_weight in (0.0, 0.01, 1.0):
+        generator = Generator().manual_seed(0)
+        refined = vae_mnist.refine_posterior(model, x, q, kl_weight, generator)
+        sigmas.append(refined.stddev.min().item())
+    assert sigmas[0] == sigmas[1] < sigmas[2] / 5
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0, 100.0])
