@@ -116,7 +116,8 @@ MAX_SHIFT = 0.08  # of half an image
 
 # Evaluation
 EVAL_BATCH = 250
-PRIOR_IMAGES = 16384  # training images that the mixture is fitted to, at most
+PRIOR_IMAGES = 65536  # training images that the mixture is fitted to, at most
+PRIOR_LATENTS = 65536  # samples of these images' latents: four of each image, fewer of many
 TERMS = ("reconstruction", "kl", "loss")  # loss = reconstruction + λ KL
 ACTIVE_VARIANCE = 0.01  # a latent unit is active if its mean varies more (Burda et al. 2016)
 MAX_BYTES = 2**29  # of one unpacked array or picture
@@ -790,8 +791,9 @@ def fit_prior(model: VAE, images: dict[str, Tensor], config: Config) -> None:
     before, _ = evaluate(model, images["validation"], config)
     _, per_image = evaluate(model, images["train"][:PRIOR_IMAGES], config)
     mu = per_image["mu"]
-    noise = torch.randn(4, *mu.shape, generator=random_generator(config.seed, "prior"))
-    z = mu + per_image["variance"].sqrt() * noise  # four latents for each image, (4, N, k)
+    samples = max(1, min(4, PRIOR_LATENTS // len(mu)))  # of each image
+    noise = torch.randn(samples, *mu.shape, generator=random_generator(config.seed, "prior"))
+    z = mu + per_image["variance"].sqrt() * noise  # (samples, N, k)
 
     components = max(1, min(PRIOR_COMPONENTS, len(mu) // IMAGES_PER_COMPONENT))
     mixture = GaussianMixture(components, reg_covar=1e-3, random_state=0)

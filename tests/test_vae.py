@@ -339,6 +339,22 @@ def test_fit_finds_the_mixture_that_the_latents_come_from(twin, monkeypatch):
 
 
 @each_twin
+@pytest.mark.parametrize("images, samples", [(100, 4), (200, 3), (1000, 1)])
+def test_the_more_images_the_fewer_samples_of_each(twin, images, samples, monkeypatch):
+    fitted = []
+    fit = twin.GaussianMixture.fit
+
+    def watch(mixture, z):
+        fitted.append(len(z))
+        return fit(mixture, z)
+
+    monkeypatch.setattr(twin.GaussianMixture, "fit", watch)
+    monkeypatch.setattr(twin, "PRIOR_LATENTS", 600)
+    fit_prior_to(twin, torch.randn(images, 2), 2, monkeypatch)
+    assert fitted == [samples * images]
+
+
+@each_twin
 def test_few_images_get_few_components_and_the_outcome_is_printed(twin, monkeypatch, capsys):
     model = torch.nn.Module()
     model.mean_image = torch.zeros(1)
