@@ -682,9 +682,11 @@ def refine_posterior(
     """Improve each image's q(z|x) for its own loss, and give it a full covariance matrix.
 
     Newton steps for the mean, with the curvature at the encoder's mean, then Laplace's
-    approximation where they end (Park et al. 2019). Below λ = .01 the loss of λ = .01 is improved,
-    since the best σ goes to 0.
+    approximation where they end (Park et al. 2019). Below λ = .01 the mean moves as at .01, and the
+    covariance stays the encoder's, since at λ = 0 the best σ is 0.
     """
+    encoded = q
+    is_small = kl_weight < 0.01
     kl_weight = max(kl_weight, 0.01)
     q = laplace(model, q, kl_weight)
     scale_tril = q.scale_tril
@@ -703,6 +705,8 @@ def refine_posterior(
         rate = REFINE_RATE * (1 - step / REFINE_STEPS)
         q = gaussian(mean - rate * newton, scale_tril)
 
+    if is_small:
+        return gaussian(q.mean, encoded.scale_tril)
     return laplace(model, q, kl_weight)
 
 

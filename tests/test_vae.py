@@ -661,7 +661,8 @@ def test_a_small_lambda_makes_refined_posteriors_sharp():
         generator = Generator().manual_seed(0)
         refined = vae_mnist.refine_posterior(model, x, q, kl_weight, generator)
         sigmas.append(refined.stddev.min().item())
-    assert sigmas[0] == sigmas[1] < sigmas[2] / 5
+    assert sigmas[0] == q.stddev.min().item()  # there the encoder's
+    assert sigmas[1] < sigmas[2] / 5
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0, 100.0])
