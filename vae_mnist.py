@@ -699,7 +699,7 @@ def refine_posterior(
             loss = model.prior.kl(q).sum() - pixels.log_prob(x).sum() / kl_weight
             (gradient,) = torch.autograd.grad(loss, mean)
 
-        # A Newton step is L Lᵀ gradient. Lᵀ gradient is cut, so that no step is longer than one σ.
+        # A Newton step is L Lᵀ gradient. It is cut to one σ in each direction, the columns of L.
         whitened = torch.einsum("bij,bi->bj", scale_tril, gradient).clamp(-1, 1)
         newton = torch.einsum("bij,bj->bi", scale_tril, whitened)
         rate = REFINE_RATE * (1 - step / REFINE_STEPS)
