@@ -793,11 +793,14 @@ def train(
 def fit_prior(model: VAE, images: dict[str, Tensor], config: Config) -> None:
     """Fit a mixture of Gaussians to training latents by EM; keep it if validation improves."""
     before, _ = evaluate(model, images["validation"], config)
-    _, per_image = evaluate(model, images["train"][:PRIOR_IMAGES], config)
-    mu = per_image["mu"]
+    posteriors = []
+    for batch in images["train"][:PRIOR_IMAGES].split(EVAL_BATCH):
+        posteriors.append(model.encode(to_pixels(batch.to(model.mean_image.device))))
+    mu = torch.cat([q.mean for q in posteriors]).cpu()
+    sigma = torch.cat([q.stddev for q in posteriors]).cpu()
     samples = max(1, min(4, PRIOR_LATENTS // len(mu)))  # of each image
     noise = torch.randn(samples, *mu.shape, generator=random_generator(config.seed, "prior"))
-    z = mu + per_image["variance"].sqrt() * noise  # (samples, N, k)
+    z = mu + sigma * noise  # (samples, N, k)
 
     components = max(1, min(PRIOR_COMPONENTS, len(mu) // IMAGES_PER_COMPONENT))
     mixture = GaussianMixture(components, reg_covar=1e-3, random_state=0)
