@@ -24,7 +24,7 @@ q(d_i | x, z, d_<i) that also sees x (Sønderby et al. 2016; Child 2021):
 
 Training adds |x - coarse image|² / (2 · 0.15²) to the loss. z and its decoder learn from this term
 and their KL alone, so that z holds colours and pose, and the detail latents cannot change what it
-means. During training p(x|z, d) is Gaussian with σ = .05, the weight of the reconstruction rises to
+means. During training p(x|z, d) is Gaussian with σ = .055, the weight of the reconstruction rises to
 1 (`reconstruction_weight`), and p(z) is N(0, I). Afterwards
 
   - each spatial frequency gets the σ of its own errors (`fit_noise`), and
@@ -110,7 +110,7 @@ IMAGES_PER_COMPONENT = 450  # at least
 COARSE_SIGMA = 0.15  # of the coarse image's own likelihood; a larger one asks less of z
 # σ of p(x|z, d) in training. With a smaller one reconstructions are better, but the latents hold
 # more detail that their prior cannot foresee, so samples are worse.
-SIGMA = 0.05
+SIGMA = 0.055
 
 # Optimization
 ADAM_BETAS = (0.9, 0.99)
@@ -166,7 +166,7 @@ class Config:
     kl_weight: float = 1.0  # λ
     latent_dim: int = 64
     prior: str = "learned"
-    epochs: int = 12
+    epochs: int = 15
     batch_size: int = 16
     lr: float = 2e-3
     seed: int = 0
