@@ -24,8 +24,8 @@ q(d_i | x, z, d_<i) that also sees x (Sønderby et al. 2016; Child 2021):
 
 Training adds |x - coarse image|² / (2 · 0.15²) to the loss. z and its decoder learn from this term
 and their KL alone, so that z holds colours and pose, and the detail latents cannot change what it
-means. During training p(x|z, d) is Gaussian with σ = .055, the weight of the reconstruction rises to
-1 (`reconstruction_weight`), and p(z) is N(0, I). Afterwards
+means. During training p(x|z, d) is Gaussian with σ = .055, the weight of the reconstruction rises
+to 1 (`reconstruction_weight`), and p(z) is N(0, I). Afterwards
 
   - each spatial frequency gets the σ of its own errors (`fit_noise`), and
   - p(z) becomes a mixture of 16 Gaussians fitted to the latents of the training images, if that
@@ -40,7 +40,7 @@ Usage:
 
 Each model leaves figures, metrics.json and a checkpoint in runs/vae_anime/lambda-<λ>/. On 9,000
 anime faces, λ = 1 reaches 3.76 bits/dim and 31.4 dB on test images (mean of three seeds;
-eleven minutes with two CPU threads).
+twelve minutes with two CPU threads).
 """
 
 import contextlib
@@ -1128,6 +1128,8 @@ def run_models(config: Config, kl_weights: list[float]) -> dict:
             bar.update(steps * len(metrics) - bar.n)  # if this model was finished before
             scores = "{bits_per_dim:.3f} bits/dim, {psnr_db:.1f} dB".format(**result)
             log(f"λ = {kl_weight:g}: -ELBO {result['neg_elbo']['test']:.2f} nats, {scores}")
+            active = "{active_units} of {latent_dim} units of z are active".format(**result)
+            log(f"λ = {kl_weight:g}: {active}")
 
     for line in warnings_at_end:
         log(line)

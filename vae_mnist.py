@@ -1124,6 +1124,8 @@ def run_models(config: Config, kl_weights: list[float]) -> dict:
             bar.update(steps * len(metrics) - bar.n)  # if this model was finished before
             scores = "{bits_per_dim:.3f} bits/dim, {psnr_db:.1f} dB".format(**result)
             log(f"λ = {kl_weight:g}: -ELBO {result['neg_elbo']['test']:.2f} nats, {scores}")
+            active = "{active_units} of {latent_dim} units of z are active".format(**result)
+            log(f"λ = {kl_weight:g}: {active}")
 
     for line in warnings_at_end:
         log(line)

@@ -80,7 +80,7 @@ faces = find_images("anime-faces*", "anime-faces.zip")
 
 # %% [markdown]
 # The flags are those of the command line; `"--resume"` among them continues after an interrupt. On
-# a CPU each λ of the digits takes some two minutes, each of the faces eleven.
+# a CPU each λ of the digits takes some two minutes, each of the faces twelve.
 
 # %%
 # λ is the weight of the KL in the loss. A model is trained for each.

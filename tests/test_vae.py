@@ -993,6 +993,12 @@ def test_without_resume_a_run_starts_over_and_keeps_the_earlier_one(twin, here):
 
 
 @each_twin
+def test_a_run_ends_with_how_many_units_are_active(twin, here, capsys):
+    metrics = run(twin, "--epochs", "1", "--latent-dim", "5")
+    assert f"λ = 1: {metrics['active_units']} of 5 units of z are active" in capsys.readouterr().out
+
+
+@each_twin
 def test_few_steps_of_training_are_a_hint(twin, here, capsys):
     run(twin, "--epochs", "1")
     printed = capsys.readouterr().out
