@@ -179,7 +179,7 @@ class Config:
     resume: bool = False
     evaluate: Path | None = None
     sample: int | None = None
-    temperature: float = 0.97
+    temperature: float = 0.96
     image: int = 0
     device: str = "auto"
 
