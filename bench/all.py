@@ -92,7 +92,7 @@ for seed in SEEDS:
             3,
             f"bench/vae.py samples digits {DIGITS} --out {{out}}/{digits} --count 10000",
         ),
-        Step(faces, 10, f"vae_anime.py {FACES} --seed {seed} --out {{out}}/{faces} --resume"),
+        Step(faces, 12, f"vae_anime.py {FACES} --seed {seed} --out {{out}}/{faces} --resume"),
         Step(f"{faces}-measured", 2, f"report/measure.py vae_anime {{out}}/{faces}"),
         Step(
             f"{faces}-drawn",
@@ -103,7 +103,7 @@ for seed in SEEDS:
     for minutes in MNIST_MINUTES:
         command = "bench/vae.py mnist --data {data}/mnist.npz"
         command = f"{command} --minutes {minutes} --seed {seed}"
-        STEPS.append(Step(f"mnist-{minutes}-{seed}", minutes + 5, command))
+        STEPS.append(Step(f"mnist-{minutes}-{seed}", minutes + 8, command))
 
 
 # Tables -------------------------------------------------------------------------------------------
