@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -306,16 +306,23 @@ def test_temperature_scales_the_standard_deviations_of_samples(twin):
     torch.testing.assert_close(z.var(0), torch.full((4,), 0.25), atol=0, rtol=0.02)
 
 
-def fit_prior_to(twin, latents: torch.Tensor, components: int, monkeypatch):
-    """The prior that fit_prior finds for images with these latents, if it improves the ELBO."""
+def model_that_encodes_latents(twin, latent_dim: int, monkeypatch) -> torch.nn.Module:
+    """A model whose images are latents: each is the mean of its own q(z|x), whose σ is 0."""
     model = torch.nn.Module()
     model.mean_image = torch.zeros(1)
-    model.prior = twin.NormalPrior(latents.shape[1])
-    per_image = {"mu": latents, "variance": torch.zeros_like(latents)}
+    model.prior = twin.NormalPrior(latent_dim)
+    model.encode = lambda z: SimpleNamespace(mean=z, stddev=torch.zeros_like(z))
+    monkeypatch.setattr(twin, "to_pixels", lambda images: images)
+    return model
+
+
+def fit_prior_to(twin, latents: torch.Tensor, components: int, monkeypatch):
+    """The prior that fit_prior finds for images with these latents, if it improves the ELBO."""
+    model = model_that_encodes_latents(twin, latents.shape[1], monkeypatch)
 
     def evaluate(model, images, config):
         is_normal = isinstance(model.prior, twin.NormalPrior)
-        return {"neg_elbo": float(is_normal)}, per_image
+        return {"neg_elbo": float(is_normal)}, {}
 
     monkeypatch.setattr(twin, "evaluate", evaluate)
     monkeypatch.setattr(twin, "PRIOR_COMPONENTS", components)
@@ -356,12 +363,9 @@ def test_the_more_images_the_fewer_samples_of_each(twin, images, samples, monkey
 
 @each_twin
 def test_few_images_get_few_components_and_the_outcome_is_printed(twin, monkeypatch, capsys):
-    model = torch.nn.Module()
-    model.mean_image = torch.zeros(1)
-    model.prior = twin.NormalPrior(2)
+    model = model_that_encodes_latents(twin, 2, monkeypatch)
     latents = torch.randn(2 * twin.IMAGES_PER_COMPONENT + 1, 2)
-    per_image = {"mu": latents, "variance": torch.zeros_like(latents)}
-    monkeypatch.setattr(twin, "evaluate", lambda *_: ({"neg_elbo": 7.0}, per_image))
+    monkeypatch.setattr(twin, "evaluate", lambda *_: ({"neg_elbo": 7.0}, {}))
     twin.fit_prior(model, {"train": latents, "validation": latents}, twin.Config())
     expected = "mixture of 2: validation -ELBO 7.00 -> 7.00 nats, no better; N(0, I) stays"
     assert expected in capsys.readouterr().out
@@ -405,7 +409,8 @@ def test_log_prob_with_shared_noise_equals_the_density_of_a_gaussian():
     error = 0.3 * torch.randn(3, 3, 64, 64)
     noise = vae_anime.SharedNoise()
     squares = error.double().square().flatten(1).sum(1)
-    expected = -squares / (2 * 0.05**2) - 3 * 64 * 64 * math.log(0.05 * math.sqrt(2 * math.pi))
+    sigma = vae_anime.SIGMA
+    expected = -squares / (2 * sigma**2) - 3 * 64 * 64 * math.log(sigma * math.sqrt(2 * math.pi))
     torch.testing.assert_close(noise.log_prob(error).double(), expected, rtol=1e-5, atol=0.1)
 
 
