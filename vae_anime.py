@@ -123,7 +123,7 @@ MAX_GRAD_NORM = 3000.0
 # Evaluation
 EVAL_BATCH = 250
 NOISE_IMAGES = 4096  # training images whose errors give the final σ, at most
-PRIOR_IMAGES = 16384  # training images that the mixture is fitted to, at most
+PRIOR_IMAGES = 65536  # training images that the mixture is fitted to, at most
 PRIOR_LATENTS = 65536  # samples of these images' latents: four of each image, fewer of many
 TERMS = ("reconstruction", "kl", "loss")  # loss = reconstruction + λ KL
 ACTIVE_VARIANCE = 0.01  # a latent unit is active if its mean varies more (Burda et al. 2016)
