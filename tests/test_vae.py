@@ -789,6 +789,21 @@ def test_faces_are_sampled_and_at_temperature_0_are_all_alike():
     assert not torch.equal(warm[0], warm[1])
 
 
+def test_the_first_group_of_detail_is_sampled_at_a_power_of_the_temperature(monkeypatch):
+    model = tiny_model(vae_anime)
+    drawn = []
+
+    def decode(z, noise):
+        drawn.extend(one.std().item() for one in noise)
+        return torch.zeros(len(z), 3, 64, 64)
+
+    monkeypatch.setattr(model, "decode", decode)
+    vae_anime.sample_images(model, 50, 0, 0.8)
+    vae_anime.sample_images(model, 50, 0, 1.0)
+    expected = [0.8**5] + [0.8] * 4 + [1.0] * 5
+    assert drawn == pytest.approx(expected, rel=0.02)
+
+
 def test_pixels():
     grey = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(vae_mnist.to_pixels(grey), (grey >= 128).float())
