@@ -53,10 +53,10 @@ def time_steps(name: str, count: int) -> None:
     else:
         import vae_anime as script
 
-    channels = 1 if name == "vae_mnist" else 3
-    images = torch.randint(256, (32, channels, script.SIZE, script.SIZE), dtype=torch.uint8)
-    x = script.to_pixels(images)
-    model = script.VAE(script.Config().latent_dim)
+    config = script.Config()
+    size = (config.batch_size, 1 if name == "vae_mnist" else 3, script.SIZE, script.SIZE)
+    x = script.to_pixels(torch.randint(256, size, dtype=torch.uint8))
+    model = script.VAE(config.latent_dim)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
     generator = torch.Generator().manual_seed(0)
 
