@@ -112,8 +112,8 @@ COARSE_SIGMA = 0.15  # of the coarse image's own likelihood; a larger one asks l
 # more detail that their prior cannot foresee, so samples are worse.
 SIGMA = 0.055
 
-# Samples of the first group of detail latents go wrong most often, and it decides where lines are.
-# It is sampled at temperature^5, all other latents at the temperature itself.
+# Samples of the first group of detail latents go wrong most often. So their σ is multiplied by
+# temperature^5, every other σ by the temperature.
 FIRST_GROUP_POWER = 5
 
 # Optimization
@@ -688,8 +688,8 @@ def learning_rate(step: int, total_steps: int, peak: float) -> float:
 def reconstruction_weight(step: int, total_steps: int) -> float:
     """From 1/16 to 1 in three fifths of the steps, by the same factor each step.
 
-    A weight of 1/16 is a σ four times as large. So the latents learn what is coarse before what is
-    fine, and their priors can follow.
+    A weight of 1/16 has the gradient of a σ four times as large. So the latents learn what is
+    coarse before what is fine, and their priors can follow.
     """
     return (1 / 16) ** max(0.0, 1 - step / (0.6 * total_steps))
 
@@ -868,7 +868,8 @@ def to_uint8(images: Tensor) -> Tensor:
 def sample_images(model: VAE, count: int, seed: int, temperature: float) -> Tensor:
     """The mean images of p(x|z, d) for `count` samples of p(z, d), uint8 (count, 3, 64, 64).
 
-    `temperature` multiplies all standard deviations; those of the first group, its fifth power.
+    `temperature` multiplies every σ, but that of the first group temperature^FIRST_GROUP_POWER. At
+    1 these are samples of the model.
     """
     generator = random_generator(seed, count, device=model.mean_image.device)
     scales = [temperature**FIRST_GROUP_POWER] + [temperature] * (DETAIL_GROUPS - 1)
@@ -1478,7 +1479,11 @@ def parse_args(argv: list[str] | None) -> tuple[Config, list[float]]:
     add("--lr", type=nonnegative, help="peak learning rate of Adam [%(default)s]")
 
     add = parser.add_argument_group("samples and figures").add_argument
-    add("--temperature", type=nonnegative, help="of samples: factor on σ [%(default)s]")
+    add(
+        "--temperature",
+        type=nonnegative,
+        help="of samples: factor on σ, its 5th power in the first group of detail [%(default)s]",
+    )
     add("--image", type=natural, help="which test image posterior.png shows [%(default)s]")
 
     args = vars(parser.parse_args(argv))

@@ -493,7 +493,7 @@ def samples_tab(runs: ImageRuns, kl_weight: gr.Radio) -> None:
     with gr.Column():
         seed = Seed()
         label = "Temperature (1: as learned)"
-        temperature = gr.Slider(0, 1.2, runs.temperature, step=0.01, label=label)
+        temperature = gr.Slider(0, 1, runs.temperature, step=0.01, label=label)
         button = gr.Button(f"Sample {SAMPLES}", variant="primary")
 
     first = runs.sample(runs.start, 0, runs.temperature)

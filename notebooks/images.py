@@ -146,7 +146,7 @@ display(Image(run / "learning-curve.png", width=900))
 # %% [markdown]
 # ## New faces
 #
-# A lower temperature gives smoother faces, a higher one wilder ones.
+# A lower temperature gives smoother faces; 1 samples as the model has learned.
 
 
 # %%
