@@ -40,7 +40,7 @@ Usage:
 
 Each model leaves figures, metrics.json and a checkpoint in runs/vae_anime/lambda-<λ>/. On 9,000
 anime faces, λ = 1 reaches 3.76 bits/dim and 31.0 dB on test images (mean of three seeds;
-twelve minutes with two CPU threads).
+eleven minutes with two CPU threads).
 """
 
 import contextlib

@@ -36,7 +36,7 @@ Usage:
     python vae_mnist.py --evaluate FILE       score the finished model on other images
 
 Each model leaves figures, metrics.json and a checkpoint in runs/vae_mnist/lambda-<λ>/. On the
-course's 12,000 digits, λ = 1 reaches 73.1 nats on test images (mean of three seeds; five minutes
+course's 12,000 digits, λ = 1 reaches 73.1 nats on test images (mean of three seeds; three minutes
 with two CPU threads).
 """
 
