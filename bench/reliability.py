@@ -306,7 +306,7 @@ def grow(args: Namespace) -> None:
     for axes in (left, right):
         axes.set_xlabel("items")
         axes.set_ylim(bottom=0)
-        axes.legend()
+        axes.legend(loc="center right")
         axes.grid(True, which="both", alpha=0.3)
     figure.savefig(args.figure)
     print(f"wrote {args.figure}")

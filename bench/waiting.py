@@ -54,7 +54,8 @@ def time_steps(name: str, count: int) -> None:
         import vae_anime as script
 
     config = script.Config()
-    size = (config.batch_size, 1 if name == "vae_mnist" else 3, script.SIZE, script.SIZE)
+    channels = 1 if name == "vae_mnist" else 3
+    size = (config.batch_size, channels, script.SIZE, script.SIZE)
     x = script.to_pixels(torch.randint(256, size, dtype=torch.uint8))
     model = script.VAE(config.latent_dim)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
