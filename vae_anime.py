@@ -868,8 +868,8 @@ def to_uint8(images: Tensor) -> Tensor:
 def sample_images(model: VAE, count: int, seed: int, temperature: float) -> Tensor:
     """The mean images of p(x|z, d) for `count` samples of p(z, d), uint8 (count, 3, 64, 64).
 
-    Every σ is multiplied by `temperature`, and that of the first group of detail by
-    temperature^FIRST_GROUP_POWER. At 1 these are samples of the model.
+    The σ of the first group of detail is multiplied by temperature^FIRST_GROUP_POWER, every other
+    σ by `temperature`. At 1 these are samples of the model.
     """
     generator = random_generator(seed, count, device=model.mean_image.device)
     scales = [temperature**FIRST_GROUP_POWER] + [temperature] * (DETAIL_GROUPS - 1)
